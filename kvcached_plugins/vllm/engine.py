@@ -1,0 +1,313 @@
+"""The engine core's side: one steward per engine ties pool, ledger and workers together."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvcached_plugins.settings import Settings
+from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, extent_map
+from kvcached_plugins.vllm.pool import ElasticBlockPool
+from kvcached_plugins.vllm.refusal import Refusal
+from kvcached_plugins.vllm.worker import WorkerReport
+from kvcached_vmm.errors import EngineUnsupported, KVCachedError
+from kvcached_vmm.fence import StepClock
+from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.pool import ElasticPool, Policy
+from kvcached_vmm.units import format_size
+
+logger = logging.getLogger("vllm.kvcached")
+
+REPORT_SECONDS = 0.1
+"""How often the ledger learns what our bytes are good for."""
+
+
+class Shares:
+    """The budget of an engine whose workers are on one or more devices.
+
+    Every worker commits the same extents, so a grant counts once per worker on each device.
+    """
+
+    def __init__(self, accounts: Sequence[tuple[Account, int]]) -> None:
+        self._accounts = accounts
+
+    def reserve(self, wanted_bytes: int, unit_bytes: int) -> int:
+        granted = wanted_bytes
+        for index, (account, ranks) in enumerate(self._accounts):
+            given = account.reserve(granted * ranks, unit_bytes * ranks) // ranks
+            for earlier, of in self._accounts[:index]:
+                earlier.cancel((granted - given) * of)
+            granted = given
+        return granted
+
+    def commit(self, granted_bytes: int, used_bytes: int) -> None:
+        for account, ranks in self._accounts:
+            account.commit(granted_bytes * ranks, used_bytes * ranks)
+
+    def cancel(self, granted_bytes: int) -> None:
+        self.commit(granted_bytes, 0)
+
+    def release(self, used_bytes: int) -> None:
+        for account, ranks in self._accounts:
+            account.release(used_bytes * ranks)
+
+    def report(self, live_bytes: int, cached_bytes: int) -> None:
+        for account, ranks in self._accounts:
+            account.report(live_bytes * ranks, cached_bytes * ranks)
+
+    def limit_bytes(self) -> int:
+        """What each worker could have if no other engine were there."""
+        return min(account.limit_bytes // ranks for account, ranks in self._accounts)
+
+    def close(self) -> None:
+        for account, _ in self._accounts:
+            account.close()
+
+
+class Steward:
+    """Runs an engine's elastic cache. Made with the engine's scheduler, when warm-up is over."""
+
+    def __init__(self, core: Any, scheduler: Any, settings: Settings) -> None:
+        config = core.vllm_config
+        self._core = core
+        self._executor = core.model_executor
+        self._runs_worker = type(self._executor).__name__ == "UniProcExecutor"
+        reports: list[WorkerReport] = self._executor.collective_rpc("kvcached_start")
+        name = settings.name or str(config.model_config.served_model_name or config.model_config.model)
+        self._budget = Shares(
+            [
+                (self._join(settings, name, device, reports), ranks)
+                for device, ranks in Counter(report.device for report in reports).items()
+            ]
+        )
+        manager = scheduler.kv_cache_manager
+        block_pool: ElasticBlockPool = manager.block_pool
+        self.clock = StepClock()
+        kv_cache_config = scheduler.kv_cache_config
+        extents = extent_map(kv_cache_config, getattr(kv_cache_config, ATTRIBUTE), reports[0].granularity)
+        reserve = settings.reserve_bytes
+        limit = self._budget.limit_bytes()
+        self.pool = ElasticPool(
+            block_pool.blocks,
+            extents,
+            self._budget,
+            self.clock,
+            block_pool.evict,
+            Policy(
+                decay_seconds=settings.decay_seconds,
+                cache_seconds=settings.cache_seconds,
+                cache_bytes=settings.cache_bytes,
+                reserve_bytes=min(limit // 32, 2 * extents.largest_bytes) if reserve is None else reserve,
+            ),
+        )
+        self._leaving: deque[tuple[int, Sequence[int]]] = deque()
+        self._reported = 0.0
+        self._stopped = threading.Event()
+        deadline = time.monotonic() + 60
+        while not self.pool.wake():
+            if time.monotonic() > deadline:
+                raise EngineUnsupported("No budget for the first extent; stop another engine.")
+            time.sleep(0.01)
+        capacity = min(limit // extents.block_bytes, extents.num_blocks - 1)
+        block_pool.bind(self.pool, max(1, capacity), int(getattr(manager, "watermark_blocks", 0)))
+        logger.info(
+            "kvcached: elastic KV cache %r: %s virtual in %d blocks, extents of %s, limit %s, on %s",
+            name,
+            format_size(extents.size_bytes),
+            extents.num_blocks,
+            format_size(extents.largest_bytes),
+            format_size(limit),
+            ", ".join(sorted({report.device for report in reports})),
+        )
+        self._thread = threading.Thread(target=self._run, name="kvcached-reclaimer", daemon=True)
+        self._thread.start()
+
+    def launched(self, scheduler_output: Any) -> None:
+        """A step has been scheduled: number it and give it its orders."""
+        commit = self.pool.settle()
+        release = self.pool.tick()
+        step = self.clock.launch()
+        scheduler_output.kvcached = Orders(step, tuple(release), tuple(commit))
+        if release:
+            self._leaving.append((step, release))
+
+    def finished(self, scheduler_output: Any) -> None:
+        """The results of a step are here, so the one before it has released what it was told to."""
+        orders: Orders | None = getattr(scheduler_output, ATTRIBUTE, None)
+        if orders is None:
+            return
+        self.clock.finish(orders.step)
+        while self._leaving and self._leaving[0][0] < orders.step:
+            self.pool.released(self._leaving.popleft()[1])
+        self._report()
+
+    def idle(self, *_: Any) -> None:
+        """Release what is due while no step is in flight."""
+        with self.pool.lock:
+            if self.clock.launched != self.clock.finished or self._stopped.is_set():
+                return
+            release = self.pool.tick()
+            if release or self._leaving:
+                self._executor.collective_rpc(
+                    "kvcached_obey", args=(Orders(self.clock.launched, tuple(release)),)
+                )
+                self.pool.released(release)
+                while self._leaving:
+                    self.pool.released(self._leaving.popleft()[1])
+            self._report()
+
+    def sleep(self) -> None:
+        """vLLM has gone to sleep: take the KV cache to zero bytes."""
+        with self.pool.lock:
+            if self.pool.live_blocks:
+                logger.warning("kvcached: requests still hold KV blocks; their memory stays")
+                return
+            self._executor.collective_rpc("kvcached_sleep")
+            self._leaving.clear()
+            self.pool.sleep()
+            self._report(now=True)
+
+    def wake(self) -> None:
+        """vLLM is about to wake: its null block needs memory first."""
+        while not self.pool.wake():
+            time.sleep(0.01)
+        self._executor.collective_rpc("kvcached_wake")
+
+    def close(self) -> None:
+        """The engine ends: leave the ledger."""
+        if not self._stopped.is_set():
+            self._stopped.set()
+            self._budget.close()
+
+    def _join(
+        self, settings: Settings, name: str, device: str, reports: Sequence[WorkerReport]
+    ) -> Account:
+        account = Ledger.open(settings.directory, device).join(
+            name, settings.budget_bytes, settings.minimum_bytes, settings.maximum_bytes
+        )
+        account.fix(sum(report.fixed_bytes for report in reports if report.device == device))
+        return account
+
+    def _report(self, now: bool = False) -> None:
+        moment = time.monotonic()
+        if now or moment - self._reported > REPORT_SECONDS:
+            self._reported = moment
+            block = self.pool.extents.block_bytes
+            self._budget.report(self.pool.live_blocks * block, self.pool.cached_blocks * block)
+
+    def _run(self) -> None:
+        """Wake up now and then, for an idle engine takes no steps.
+
+        A worker of its own process must be spoken to from the engine's main thread, which waits for
+        requests; one in this process may be released from here.
+        """
+        period = min(1.0, max(0.05, self.pool.policy.decay_seconds / 4))
+        while not self._stopped.wait(period):
+            if not self.pool.has_spare and not self._leaving:
+                continue
+            if self._runs_worker:
+                self.idle()
+            else:
+                self._call_from_main_thread()
+
+    def _call_from_main_thread(self) -> None:
+        callbacks = getattr(self._core, "_idle_state_callbacks", None)
+        if hasattr(self._core, "input_queue") and callbacks is not None and not callbacks:
+            from vllm.v1.engine import EngineCoreRequestType
+
+            callbacks.append(self.idle)
+            self._core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+
+def steward_of(owner: Any) -> Steward | None:
+    """The steward that was attached to an engine core, scheduler or executor."""
+    return getattr(owner, "kvcached", None)
+
+
+_starting: list[Any] = []
+"""The engine core that is being made in this process: vLLM loads plugins in its constructor, too
+late to wrap that, and makes the scheduler after the KV cache."""
+
+
+def initialize_kv_caches(original: Callable[..., Any], core: Any, *args: Any, **kwargs: Any) -> Any:
+    kv_cache_config = original(core, *args, **kwargs)
+    if hasattr(kv_cache_config, ATTRIBUTE):
+        _starting[:] = [core]
+    return kv_cache_config
+
+
+def scheduler_init(original: Callable[..., None], scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    original(scheduler, *args, **kwargs)
+    if _starting:
+        core = _starting.pop()
+        try:
+            steward = Steward(core, scheduler, Settings.read())
+        except KVCachedError as error:
+            raise Refusal(str(error)) from error
+        core.kvcached = scheduler.kvcached = core.model_executor.kvcached = steward
+
+
+def engine_core_shutdown(original: Callable[..., None], core: Any) -> None:
+    steward = steward_of(core)
+    if steward is not None:
+        steward.close()
+    original(core)
+
+
+def schedule(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    steward = steward_of(scheduler)
+    if steward is None:
+        return original(scheduler, *args, **kwargs)
+    with steward.pool.lock:
+        output = original(scheduler, *args, **kwargs)
+        steward.launched(output)
+        return output
+
+
+def update_from_output(
+    original: Callable[..., Any], scheduler: Any, scheduler_output: Any, *args: Any, **kwargs: Any
+) -> Any:
+    steward = steward_of(scheduler)
+    if steward is None:
+        return original(scheduler, scheduler_output, *args, **kwargs)
+    with steward.pool.lock:
+        steward.finished(scheduler_output)
+        return original(scheduler, scheduler_output, *args, **kwargs)
+
+
+def executor_sleep(original: Callable[..., Any], executor: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(executor, *args, **kwargs)
+    steward = steward_of(executor)
+    if steward is not None and executor.is_sleeping:
+        steward.sleep()
+    return result
+
+
+def executor_wake_up(
+    original: Callable[..., Any], executor: Any, tags: list[str] | None = None
+) -> Any:
+    steward = steward_of(executor)
+    if steward is not None and executor.is_sleeping and (not tags or "kv_cache" in tags):
+        steward.wake()
+    return original(executor, tags)
+
+
+def get_num_blocks_to_allocate(
+    original: Callable[..., int], coordinator: Any, *args: Any, **kwargs: Any
+) -> int:
+    """vLLM is about to compare this number with the free blocks: get the budget for it."""
+    count = original(coordinator, *args, **kwargs)
+    pool = coordinator.block_pool
+    elastic = getattr(pool, "elastic", None)
+    if elastic is not None and 0 < count < pool.num_gpu_blocks:
+        hits = sum(
+            block.ref_cnt == 0 and not block.is_null
+            for group in kwargs.get("new_computed_blocks") or ()
+            for block in group
+        )
+        elastic.prepare(count + pool.margin_blocks, hits)
+    return count

@@ -1,0 +1,79 @@
+"""From vLLM's placement of layers to regions and extents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvcached_vmm.errors import EngineUnsupported
+from kvcached_vmm.extents import EXTENT_BYTES, ExtentMap, Region, blocks_per_extent
+from kvcached_vmm.units import ceil_to
+
+ATTRIBUTE = "kvcached"
+"""Name of what we attach to vLLM's own messages: they are plain dataclasses that keep it."""
+
+EXTENTS_PER_BUDGET = 64
+"""A small budget gets small extents, so that an idle engine never holds much of it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every worker must agree on; travels on the ``KVCacheConfig``."""
+
+    blocks_per_extent: int
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What workers are to do beside a step; travels on the ``SchedulerOutput``.
+
+    Attributes:
+        step: number of the step.
+        release: extents to release once the work given to the device before this step is done.
+        commit: extents to commit after the step is launched, ahead of need.
+    """
+
+    step: int
+    release: tuple[int, ...] = ()
+    commit: tuple[int, ...] = ()
+
+
+def regions(kv_cache_config: Any) -> list[Region]:
+    """Where blocks lie in vLLM's buffer.
+
+    Raises:
+        EngineUnsupported: blocks lie in a way that extents cannot follow.
+    """
+    found: set[Region] = set()
+    for tensor in kv_cache_config.kv_cache_tensors:
+        block, layer, layers = tensor.block_stride, tensor.layer_stride, len(tensor.layers)
+        if layers == 1 or layer < block:
+            if tensor.offset + (layers - 1) * layer < block:
+                found.add(Region(0, block))
+                continue
+        if layers > 1 and layer < kv_cache_config.num_blocks * block:
+            raise EngineUnsupported(
+                f"This model's KV layout (layer stride {layer}, block stride {block}) is not one that "
+                "an elastic KV cache supports; unset ENABLE_KVCACHED to run it."
+            )
+        found.update(Region(tensor.offset + index * layer, block) for index in range(layers))
+    return sorted(found, key=lambda region: region.offset_bytes)
+
+
+def plan(kv_cache_configs: Sequence[Any], granularity: int, limit_bytes: int, extent: int | None) -> Plan:
+    """Choose the size of extents for all workers: about ``extent`` bytes, or what suits the limit."""
+    target = extent or min(EXTENT_BYTES, ceil_to(limit_bytes // EXTENTS_PER_BUDGET, granularity))
+    return Plan(
+        max(
+            blocks_per_extent(regions(config), granularity, max(target, granularity))
+            for config in kv_cache_configs
+        )
+    )
+
+
+def extent_map(kv_cache_config: Any, plan: Plan, granularity: int) -> ExtentMap:
+    """The extents of one worker's buffer."""
+    return ExtentMap(
+        kv_cache_config.num_blocks, regions(kv_cache_config), granularity, plan.blocks_per_extent
+    )

@@ -1,0 +1,139 @@
+"""Before vLLM places its KV cache: what we refuse, which layout, how large extents are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvcached_plugins.settings import Settings
+from kvcached_plugins.vllm.geometry import ATTRIBUTE, plan
+from kvcached_plugins.vllm.refusal import Refusal
+from kvcached_vmm.errors import KVCachedError
+from kvcached_vmm.host_driver import GRANULARITY as HOST_GRANULARITY
+from kvcached_vmm.units import MIB, format_size
+
+GPU_GRANULARITY = 2 * MIB
+"""What every NVIDIA GPU since Pascal answers; the worker's own driver has the last word."""
+
+_TURN_OFF = "unset ENABLE_KVCACHED to run without an elastic KV cache."
+
+
+def create_engine_config(original: Callable[..., Any], arguments: Any, *args: Any, **kwargs: Any) -> Any:
+    config = original(arguments, *args, **kwargs)
+    reason = unsupported(config)
+    if reason is not None:
+        raise Refusal(f"{reason}; {_TURN_OFF}")
+    return config
+
+
+def unsupported(config: Any) -> str | None:
+    """Why an engine with this ``VllmConfig`` cannot have an elastic cache; None if it can."""
+    from vllm.platforms import current_platform
+
+    parallel = config.parallel_config
+    checks = (
+        (
+            not (current_platform.is_cuda() or current_platform.is_cpu()),
+            f"the platform {current_platform.device_type!r} is not supported (CUDA and CPU are)",
+        ),
+        (
+            config.kv_transfer_config is not None,
+            "a KV connector or KV offloading registers the whole KV buffer, which needs all of its "
+            "memory",
+        ),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not supported"),
+        (
+            getattr(parallel, "decode_context_parallel_size", 1) > 1
+            or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            "context parallelism is not supported",
+        ),
+        (
+            parallel.distributed_executor_backend == "ray" or getattr(parallel, "nnodes", 1) > 1,
+            "workers on other machines or under Ray cannot share a ledger",
+        ),
+        (getattr(parallel, "enable_elastic_ep", False), "elastic expert parallelism is not supported"),
+        (
+            getattr(config.attention_config, "hisparse_config", None) is not None,
+            "HiSparse keeps KV blocks on the host and is not supported",
+        ),
+    )
+    return next((reason for applies, reason in checks if applies), None)
+
+
+def resolve_kv_cache_layout(
+    original: Callable[..., Any], vllm_config: Any, supported: list[list[str]], *args: Any, **kwargs: Any
+) -> Any:
+    """Prefer the layout that keeps all layers of a block together, where the backend takes it: then
+    one driver handle backs a run of blocks whatever the number of layers."""
+    return original(vllm_config, [block_outermost_first(names) for names in supported], *args, **kwargs)
+
+
+def block_outermost_first(names: Sequence[str]) -> list[str]:
+    """``names`` with the block-outermost sibling of the most preferred layout in front.
+
+    A layout is named by the order of its dimensions, such as LBNHC: layer, block, token, head.
+    """
+    preferred = names[0]
+    siblings = [preferred.replace("LBNHC", "BLNHC").replace("LBHNC", "BLHNC")]
+    siblings += [name for name in names if name.startswith("B")]
+    first = next((name for name in siblings if name in names), preferred)
+    return [first, *(name for name in names if name != first)]
+
+
+def get_kv_cache_configs(
+    original: Callable[..., list[Any]],
+    vllm_config: Any,
+    kv_cache_specs: list[dict[str, Any]],
+    available: list[int],
+    *args: Any,
+    **kwargs: Any,
+) -> list[Any]:
+    """Check that the budget holds a request, and attach the plan that workers must agree on."""
+    if not any(kv_cache_specs):
+        return original(vllm_config, kv_cache_specs, available, *args, **kwargs)
+    settings = Settings.read()
+    on_gpu = vllm_config.device_config.device_type == "cuda"
+    ranks = 1 if on_gpu else len(kv_cache_specs)
+    try:
+        for specs in kv_cache_specs:
+            _refuse_unsupported_layers(vllm_config, specs)
+            _refuse_small_budget(vllm_config, specs, settings, ranks)
+        configs = original(vllm_config, kv_cache_specs, available, *args, **kwargs)
+        granularity = GPU_GRANULARITY if on_gpu else HOST_GRANULARITY
+        limits = (settings.budget_bytes, settings.maximum_bytes)
+        limit = min([*available, *(limit // ranks for limit in limits if limit is not None)])
+        chosen = plan(configs, granularity, limit, settings.extent_bytes)
+    except KVCachedError as error:
+        raise Refusal(str(error)) from error
+    for config in configs:
+        setattr(config, ATTRIBUTE, chosen)
+    return configs
+
+
+def _refuse_unsupported_layers(vllm_config: Any, specs: dict[str, Any]) -> None:
+    from vllm.v1 import kv_cache_interface as interface
+
+    allowed = (interface.FullAttentionSpec, interface.MLAAttentionSpec)
+    refused = (interface.SinkFullAttentionSpec,)
+    for layer, spec in specs.items():
+        if not isinstance(spec, allowed) or isinstance(spec, refused):
+            raise Refusal(
+                f"layer {layer} keeps its state as {type(spec).__name__}, and an elastic KV cache "
+                f"supports full attention only so far; {_TURN_OFF}"
+            )
+
+
+def _refuse_small_budget(
+    vllm_config: Any, specs: dict[str, Any], settings: Settings, ranks: int
+) -> None:
+    needed = ranks * sum(spec.max_memory_usage_bytes(vllm_config) for spec in specs.values())
+    for variable, limit in (
+        ("KVCACHED_BUDGET", settings.budget_bytes),
+        ("KVCACHED_MAX", settings.maximum_bytes),
+    ):
+        if limit is not None and limit < needed:
+            length = vllm_config.model_config.max_model_len
+            raise Refusal(
+                f"{variable} is {format_size(limit)}, but one request of {length} tokens needs "
+                f"{format_size(needed)} of KV cache; raise it or lower --max-model-len."
+            )

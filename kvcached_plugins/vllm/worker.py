@@ -1,0 +1,324 @@
+"""The worker's side: the arena behind vLLM's buffer, and what a step needs resident."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+
+from kvcached_plugins.settings import Settings
+from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan, extent_map
+from kvcached_plugins.vllm.refusal import Refusal
+from kvcached_vmm.arena import Arena
+from kvcached_vmm.driver import Driver
+from kvcached_vmm.errors import DriverError, KVCachedError
+from kvcached_vmm.extents import Footprint
+from kvcached_vmm.fence import Mark, Passed, Quarantine
+from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.tensors import StreamMarks, arena_tensor
+from kvcached_vmm.units import format_size
+
+logger = logging.getLogger("vllm.kvcached")
+
+PATIENCE_SECONDS = 60.0
+"""How long a step waits for memory that the ledger granted and the driver does not have."""
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """What an engine core learns of a worker.
+
+    Attributes:
+        device: the ledger's name of the device that this worker is on.
+        granularity: bytes of the driver's smallest mapping.
+        fixed_bytes: weights, graphs and peak activations, as far as vLLM measured them.
+    """
+
+    device: str
+    granularity: int
+    fixed_bytes: int
+
+
+def device_driver(device: torch.device) -> Driver:
+    """The driver of a torch device."""
+    if device.type == "cuda":
+        from kvcached_vmm.cuda_driver import CudaDriver
+
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        return CudaDriver(index)
+    from kvcached_vmm.host_driver import HostDriver
+
+    return HostDriver()
+
+
+class WorkerMemory:
+    """The memory of one worker's KV cache.
+
+    From start-up until ``start`` the worker answers for its bytes itself: vLLM's warm-up writes
+    blocks that no pool has handed out. Afterwards the engine core has reserved whatever it names.
+    """
+
+    def __init__(self, worker: Any, kv_cache_config: Any, settings: Settings) -> None:
+        plan: Plan = getattr(kv_cache_config, ATTRIBUTE)
+        self.device: torch.device = worker.device
+        self.driver = device_driver(self.device)
+        self.fixed_bytes = int(getattr(worker, "kvcached_fixed_bytes", 0))
+        self.arena = Arena(self.driver, extent_map(kv_cache_config, plan, self.driver.granularity))
+        self._lock = threading.RLock()
+        self._quarantine = Quarantine(self._marks())
+        self._starting: Account | None = Ledger.open(settings.directory, self.driver.device).join(
+            f"{settings.name or 'vllm'} (starting)",
+            settings.budget_bytes,
+            default_budget_bytes=default_budget(worker, self.driver),
+        )
+        self._commit({0})
+
+    def tensor(self, size_bytes: int) -> torch.Tensor:
+        """The buffer that vLLM lays its layers out in."""
+        return arena_tensor(self.arena, size_bytes, self.device)
+
+    def before_step(self, scheduler_output: Any) -> None:
+        """Make resident every block that the step names, and note what it gives back."""
+        orders: Orders | None = getattr(scheduler_output, ATTRIBUTE, None)
+        with self._lock:
+            missing = self.arena.missing(chain.from_iterable(named_blocks(scheduler_output)))
+            if missing:
+                self._commit(missing)
+            if orders is not None:
+                self._quarantine.put(orders.step, orders.release)
+
+    def after_step(self, scheduler_output: Any) -> None:
+        """The step is launched: do now what need not hold it up."""
+        orders: Orders | None = getattr(scheduler_output, ATTRIBUTE, None)
+        if orders is None:
+            return
+        with self._lock:
+            self._release(overdue_step=orders.step - 1)
+            if orders.commit:
+                with contextlib.suppress(DriverError):
+                    self.arena.commit(orders.commit)
+
+    def obey(self, orders: Orders) -> None:
+        """Nothing is running: release ``orders`` and everything that was ordered before."""
+        with self._lock:
+            self._quarantine.put(orders.step, orders.release)
+            self._release(overdue_step=orders.step)
+
+    def start(self) -> WorkerReport:
+        """Start-up is over: keep the first extent only, and leave the accounts to the engine."""
+        with self._lock:
+            self._marks()().synchronize()
+            self.arena.decommit(self.arena.committed - {0})
+            if self._starting is not None:
+                self._starting.close()
+                self._starting = None
+        return WorkerReport(self.driver.device, self.driver.granularity, self.fixed_bytes)
+
+    def sleep(self) -> None:
+        """Give everything back; only ``wake`` may follow."""
+        with self._lock:
+            self._marks()().synchronize()
+            self._release(overdue_step=1 << 62)
+            self.arena.decommit(self.arena.committed)
+
+    def wake(self) -> None:
+        """Back the first extent with memory again."""
+        with self._lock:
+            self._commit({0})
+
+    def _marks(self) -> Callable[[], Mark]:
+        return StreamMarks(self.device) if self.device.type == "cuda" else Passed
+
+    def _release(self, overdue_step: int) -> None:
+        quiet = self._quarantine.take(overdue_step)
+        if quiet:
+            self.arena.decommit(quiet)
+
+    def _commit(self, extents: set[int]) -> None:
+        """Commit, waiting for memory that others hold; the process ends if none comes."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        pause, complained = 0.001, False
+        while True:
+            try:
+                self._account_for(extents)
+                self.arena.commit(extents)
+                return
+            except DriverError as error:
+                if time.monotonic() > deadline:
+                    # vLLM only logs an exception of a worker whose output nobody reads, and the
+                    # others would wait for it for ever: end the process.
+                    logger.critical("kvcached: no memory came in %s s: %s", PATIENCE_SECONDS, error)
+                    raise SystemExit(f"kvcached: the KV cache cannot get its memory: {error}") from error
+                if not complained:
+                    logger.warning("kvcached: waiting for memory for the KV cache: %s", error)
+                    complained = True
+            time.sleep(pause)
+            pause = min(pause * 2, 0.1)
+
+    def _account_for(self, extents: Iterable[int]) -> None:
+        if self._starting is None:
+            return
+        size = Footprint(self.arena.extents)
+        wanted = sum(piece.size for extent in extents for piece in size.add(extent))
+        if self._starting.reserve(wanted, wanted) < wanted:
+            raise DriverError("reserve", f"the ledger has no {format_size(wanted)} to grant")
+        self._starting.commit(wanted, wanted)
+
+
+def named_blocks(scheduler_output: Any) -> Iterator[Iterable[int]]:
+    """Block ids that a step may touch for the first time, group by group."""
+    for request in scheduler_output.scheduled_new_reqs:
+        yield from request.block_ids
+    for new_block_ids in scheduler_output.scheduled_cached_reqs.new_block_ids:
+        if new_block_ids is not None:
+            yield from new_block_ids
+
+
+def default_budget(worker: Any, driver: Driver) -> int:
+    """What engines share if nobody says: vLLM's share of the GPU, or half of the host's memory."""
+    total = driver.memory().total_bytes
+    if worker.device.type == "cuda":
+        return int(total * worker.cache_config.gpu_memory_utilization)
+    return total // 2
+
+
+_serving: WorkerMemory | None = None
+
+
+class _Torch:
+    """The torch module for ``allocate_kv_cache``, whose ``zeros`` is the arena."""
+
+    def __init__(self, memory: WorkerMemory) -> None:
+        self._memory = memory
+        self.served = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def zeros(self, size_bytes: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        assert dtype == torch.int8
+        self.served += 1
+        return self._memory.tensor(size_bytes)
+
+
+def allocate_kv_cache(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Let vLLM lay its layers out over the arena; profiling runs get memory of their own."""
+    memory = _serving
+    if memory is None:
+        return original(*args, **kwargs)
+    namespace = original.__globals__
+    stand_in = _Torch(memory)
+    namespace["torch"] = stand_in
+    try:
+        caches = original(*args, **kwargs)
+    finally:
+        namespace["torch"] = torch
+    start, end = memory.arena.base, memory.arena.base + memory.arena.size_bytes
+    if stand_in.served != 1 or not all(start <= t.data_ptr() < end for t in caches.values()):
+        raise Refusal("vLLM did not lay its KV cache out over the arena; unset ENABLE_KVCACHED.")
+    return caches
+
+
+def initialize_from_config(
+    original: Callable[..., Any], worker: Any, kv_cache_config: Any, *args: Any, **kwargs: Any
+) -> Any:
+    global _serving
+    if not hasattr(kv_cache_config, ATTRIBUTE):
+        return original(worker, kv_cache_config, *args, **kwargs)
+    try:
+        worker.kvcached = _serving = WorkerMemory(worker, kv_cache_config, Settings.read())
+        return original(worker, kv_cache_config, *args, **kwargs)
+    except KVCachedError as error:
+        raise Refusal(str(error)) from error
+    finally:
+        _serving = None
+
+
+def execute_model(original: Callable[..., Any], worker: Any, scheduler_output: Any) -> Any:
+    memory: WorkerMemory | None = getattr(worker, "kvcached", None)
+    if memory is None:
+        return original(worker, scheduler_output)
+    memory.before_step(scheduler_output)
+    output = original(worker, scheduler_output)
+    memory.after_step(scheduler_output)
+    return output
+
+
+def determine_available_memory(original: Callable[..., int], worker: Any) -> int:
+    """The size of the address range: what the user set, else what vLLM would take for itself."""
+    settings = Settings.read()
+    on_gpu = worker.device.type == "cuda"
+    available = original(worker)
+    if on_gpu:
+        used = getattr(worker, "total_consumed", 0) + getattr(worker, "peak_activation_memory", 0)
+        if not used:
+            snapshot = copy.copy(worker.init_snapshot)
+            snapshot.measure()
+            used = worker.init_snapshot.free_memory - snapshot.free_memory
+        worker.kvcached_fixed_bytes = max(0, used)
+    ranks = 1 if on_gpu else worker.parallel_config.world_size
+    if settings.maximum_bytes is not None:
+        return settings.maximum_bytes // ranks
+    if settings.budget_bytes is not None:
+        return min(available, settings.budget_bytes // ranks)
+    return available
+
+
+def get_memory_node_info(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """vLLM refuses to start unless its whole KV cache fits in what is free now; ours need not."""
+    status = copy.copy(original(*args, **kwargs))
+    object.__setattr__(status, "available_memory", status.total_memory)
+    return status
+
+
+def request_memory(original: Callable[..., int], snapshot: Any, *args: Any, **kwargs: Any) -> int:
+    """A neighbour's memory is no reason not to start: weights and activations must fit, no more."""
+    roomy = copy.copy(snapshot)
+    roomy.free_memory = snapshot.total_memory
+    return original(roomy, *args, **kwargs)
+
+
+def measure(original: Callable[..., None], snapshot: Any) -> None:
+    """Count the elastic memory of neighbours as free: it comes and goes while vLLM profiles."""
+    original(snapshot)
+    device = snapshot.device_
+    if device.type == "cuda":
+        others = _others_bytes(device)
+        snapshot.free_memory += others
+        snapshot.cuda_memory -= others
+        snapshot.non_torch_memory -= others
+
+
+def _others_bytes(device: torch.device) -> int:
+    ledger = Ledger.open(Settings.read().directory, device_driver(device).device)
+    try:
+        accounts = ledger.snapshot().accounts
+        return sum(a.committed_bytes for a in accounts if a.pid != os.getpid())
+    finally:
+        ledger.close()
+
+
+def worker_obey(worker: Any, orders: Orders) -> None:
+    worker.kvcached.obey(orders)
+
+
+def worker_start(worker: Any) -> WorkerReport:
+    report: WorkerReport = worker.kvcached.start()
+    return report
+
+
+def worker_sleep(worker: Any) -> None:
+    worker.kvcached.sleep()
+
+
+def worker_wake(worker: Any) -> None:
+    worker.kvcached.wake()

@@ -1,0 +1,154 @@
+"""An arena: one range of virtual addresses whose extents come and go."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Iterator
+
+from kvcached_vmm.driver import Driver
+from kvcached_vmm.errors import DriverError
+from kvcached_vmm.extents import ExtentMap, Footprint, Piece
+
+logger = logging.getLogger(__name__)
+
+
+class Arena:
+    """Reserves the addresses of ``extents`` and backs extents with memory on demand.
+
+    Addresses never change. All methods may be called from any thread; none waits for the device,
+    so the caller makes sure that nobody touches an extent before it releases it.
+    """
+
+    def __init__(self, driver: Driver, extents: ExtentMap) -> None:
+        self.driver = driver
+        self.extents = extents
+        self.size_bytes = extents.size_bytes
+        self._footprint = Footprint(extents)
+        self._stray: dict[int, int] = {}
+        self._lock = threading.RLock()
+        self.base = driver.reserve(self.size_bytes)
+
+    @property
+    def committed_bytes(self) -> int:
+        """Bytes that the driver holds for this arena, counting what it refused to take back."""
+        return self._footprint.bytes + sum(self._stray.values())
+
+    @property
+    def committed(self) -> frozenset[int]:
+        """The extents that have memory."""
+        with self._lock:
+            return frozenset(self._footprint)
+
+    def __contains__(self, extent: int) -> bool:
+        return extent in self._footprint
+
+    def missing(self, blocks: Iterable[int]) -> set[int]:
+        """The extents that ``blocks`` lie in and that have no memory."""
+        per_extent = self.extents.blocks_per_extent
+        return {block // per_extent for block in blocks}.difference(self._footprint)
+
+    def commit(self, extents: Iterable[int]) -> int:
+        """Back ``extents`` with memory; those that have it already are left alone.
+
+        Returns:
+            Bytes that were added.
+
+        Raises:
+            OutOfMemory: there is not enough memory; nothing has changed and the call may be repeated.
+            DriverError: another call failed; nothing has changed.
+        """
+        with self._lock:
+            self._sweep()
+            added = [extent for extent in extents if extent not in self._footprint]
+            wanted: list[Piece] = []
+            for extent in added:
+                wanted += self._footprint.add(extent)
+            placed: list[Piece] = []
+            try:
+                for piece in wanted:
+                    if self._stray.pop(piece.offset, None) is None:
+                        self._place(piece)
+                    placed.append(piece)
+                for run in _runs(placed):
+                    self.driver.allow(self.base + run.offset, run.size)
+            except DriverError:
+                for piece in reversed(placed):
+                    self._take_away(piece)
+                for extent in reversed(added):
+                    self._footprint.remove(extent)
+                raise
+            return sum(piece.size for piece in placed)
+
+    def decommit(self, extents: Iterable[int]) -> int:
+        """Take the memory of ``extents`` away.
+
+        A piece that the driver refuses to unmap is set aside and tried again by the next call of
+        ``commit`` or ``decommit``; its extent counts as released, its bytes stay counted, and if
+        the extent is committed again the piece is simply used again.
+
+        Returns:
+            Bytes that the driver has back.
+        """
+        with self._lock:
+            before = self.committed_bytes
+            self._sweep()
+            for extent in extents:
+                if extent in self._footprint:
+                    for piece in self._footprint.remove(extent):
+                        self._take_away(piece)
+            return before - self.committed_bytes
+
+    def close(self) -> None:
+        """Release everything, the addresses too."""
+        self.decommit(self.committed)
+        with self._lock:
+            if self._stray:
+                raise DriverError("unmap", f"{len(self._stray)} pieces cannot be unmapped")
+            self.driver.free(self.base, self.size_bytes)
+
+    def check(self) -> None:
+        """Assert that the bytes counted are those that committed extents need."""
+        with self._lock:
+            needed = Footprint(self.extents)
+            pieces = [piece for extent in self._footprint for piece in needed.add(extent)]
+            assert needed.bytes == self._footprint.bytes == sum(piece.size for piece in pieces)
+            assert not self._stray.keys() & {piece.offset for piece in pieces}
+
+    def _place(self, piece: Piece) -> None:
+        handle = self.driver.create(piece.size)
+        try:
+            self.driver.map(self.base + piece.offset, piece.size, handle)
+        finally:
+            self._release(handle)
+
+    def _release(self, handle: int) -> None:
+        try:
+            self.driver.release(handle)
+        except DriverError as error:
+            logger.warning("kvcached: a memory handle could not be released: %s", error)
+
+    def _take_away(self, piece: Piece) -> None:
+        try:
+            self.driver.unmap(self.base + piece.offset, piece.size)
+        except DriverError as error:
+            logger.warning("kvcached: an extent could not be unmapped, will try again: %s", error)
+            self._stray[piece.offset] = piece.size
+
+    def _sweep(self) -> None:
+        strays, self._stray = self._stray, {}
+        for piece in strays.items():
+            self._take_away(Piece(*piece))
+
+
+def _runs(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Merge pieces that follow each other, so that one driver call covers them."""
+    start = end = -1
+    for offset, size in sorted(pieces):
+        if offset != end:
+            if end > start:
+                yield Piece(start, end - start)
+            start = offset
+        end = offset + size
+    if end > start:
+        yield Piece(start, end - start)

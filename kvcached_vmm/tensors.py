@@ -1,0 +1,48 @@
+"""A torch view over an arena. The only module of the core that imports torch."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+from kvcached_vmm.arena import Arena
+
+
+def arena_tensor(arena: Arena, size_bytes: int, device: torch.device) -> torch.Tensor:
+    """The first ``size_bytes`` of ``arena`` as a one-dimensional int8 tensor on ``device``.
+
+    The extent at offset 0 must be committed: CUDA refuses to look at an address with nothing behind
+    it. The arena must outlive the tensor. Nothing is read or written.
+    """
+    if size_bytes > arena.size_bytes:
+        raise ValueError(f"the arena has {arena.size_bytes} bytes, not {size_bytes}")
+    if device.type == "cpu":
+        buffer = (ctypes.c_byte * size_bytes).from_address(arena.base)
+        return torch.frombuffer(buffer, dtype=torch.int8)
+    return torch.as_tensor(_Exported(arena.base, size_bytes), device=device)
+
+
+class _Exported:
+    """Memory in the form in which CUDA libraries hand it to each other."""
+
+    def __init__(self, address: int, size_bytes: int) -> None:
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (size_bytes,),
+            "typestr": "|i1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+class StreamMarks:
+    """Marks on the stream that an engine launches its steps on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device)
+
+    def __call__(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event

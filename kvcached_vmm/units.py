@@ -1,0 +1,47 @@
+"""Sizes as people write them, and rounding."""
+
+from __future__ import annotations
+
+import re
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
+_POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_size(text: str) -> int:
+    """Bytes in ``text``: ``512MiB``, ``512M``, ``1.5 GiB``, ``4096``. Units are powers of 1024.
+
+    Raises:
+        ValueError: ``text`` is not a size.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size such as 512MiB or 2GiB")
+    number, power, _, _ = match.groups()
+    return int(float(number) * 1024 ** _POWER[power.lower()])
+
+
+def format_size(size_bytes: int) -> str:
+    """``size_bytes`` in the largest binary unit that keeps it at least 1: ``1.5 GiB``."""
+    value = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            break
+        value /= 1024
+    else:
+        unit = "TiB"
+    return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"
+
+
+def ceil_to(value: int, step: int) -> int:
+    """The smallest multiple of ``step`` that is not below ``value``."""
+    return -(-value // step) * step
+
+
+def floor_to(value: int, step: int) -> int:
+    """The largest multiple of ``step`` that is not above ``value``."""
+    return value // step * step
