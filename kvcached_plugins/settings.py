@@ -88,7 +88,7 @@ class Settings:
             minimum_bytes=_optional(env, "KVCACHED_MIN", parse_size, _SIZE) or 0,
             cache_bytes=_optional(env, "KVCACHED_CACHE_MAX", parse_size, _SIZE),
             cache_seconds=_seconds(env, "KVCACHED_CACHE_TTL", CACHE_SECONDS),
-            decay_seconds=_seconds(env, "KVCACHED_DECAY", 2.0),
+            decay_seconds=_seconds(env, "KVCACHED_DECAY", 0.5),
             extent_bytes=_optional(env, "KVCACHED_EXTENT", _positive_size, _SIZE),
             reserve_bytes=_optional(env, "KVCACHED_RESERVE", parse_size, _SIZE),
             name=_optional(env, "KVCACHED_NAME", _name, "1 to 63 printable characters without '/'"),

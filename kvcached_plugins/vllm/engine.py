@@ -11,16 +11,19 @@ from typing import Any
 
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, extent_map
-from kvcached_plugins.vllm.pool import ElasticBlockPool
+from kvcached_plugins.vllm.pool import ElasticBlockPool, ElasticFreeQueue
 from kvcached_plugins.vllm.refusal import Refusal
 from kvcached_plugins.vllm.worker import WorkerReport
 from kvcached_vmm.errors import EngineUnsupported, KVCachedError
 from kvcached_vmm.fence import StepClock
 from kvcached_vmm.ledger import Account, Ledger
-from kvcached_vmm.pool import ElasticPool, Policy
+from kvcached_vmm.pool import Policy
 from kvcached_vmm.units import format_size
 
 logger = logging.getLogger("vllm.kvcached")
+
+IDLE_BATCH = 128
+"""Extents given back at a time when there is no step to hold up."""
 
 REPORT_SECONDS = 0.1
 """How often the ledger learns what our bytes are good for."""
@@ -91,7 +94,7 @@ class Steward:
         extents = extent_map(kv_cache_config, getattr(kv_cache_config, ATTRIBUTE), reports[0].granularity)
         reserve = settings.reserve_bytes
         limit = self._budget.limit_bytes()
-        self.pool = ElasticPool(
+        self.pool = ElasticFreeQueue(
             block_pool.blocks,
             extents,
             self._budget,
@@ -150,7 +153,7 @@ class Steward:
         with self.pool.lock:
             if self.clock.launched != self.clock.finished or self._stopped.is_set():
                 return
-            release = self.pool.tick()
+            release = self.pool.tick(IDLE_BATCH)
             if release or self._leaving:
                 self._executor.collective_rpc(
                     "kvcached_obey", args=(Orders(self.clock.launched, tuple(release)),)
@@ -186,10 +189,15 @@ class Steward:
     def _join(
         self, settings: Settings, name: str, device: str, reports: Sequence[WorkerReport]
     ) -> Account:
+        here = [report for report in reports if report.device == device]
         account = Ledger.open(settings.directory, device).join(
-            name, settings.budget_bytes, settings.minimum_bytes, settings.maximum_bytes
+            name,
+            settings.budget_bytes,
+            settings.minimum_bytes,
+            settings.maximum_bytes,
+            default_budget_bytes=here[0].default_budget_bytes,
         )
-        account.fix(sum(report.fixed_bytes for report in reports if report.device == device))
+        account.fix(sum(report.fixed_bytes for report in here))
         return account
 
     def _report(self, now: bool = False) -> None:

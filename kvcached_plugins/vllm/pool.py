@@ -8,38 +8,31 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from kvcached_vmm.pool import ElasticPool
 
 
-class FreeQueue:
-    """Stands in for vLLM's free queue and answers from an elastic pool.
+class ElasticFreeQueue(ElasticPool[KVCacheBlock]):
+    """An elastic pool under the names that vLLM's free queue has.
 
     vLLM prepends blocks whose content is of no use and appends those that are cached.
     """
 
-    def __init__(self, pool: ElasticPool[KVCacheBlock]) -> None:
-        self._pool = pool
-        self.popleft = pool.take_one
-        self.popleft_n = pool.take
-        self.prepend_n = pool.put
-        self.append_n = pool.keep
-        self.remove = pool.reclaim_cached
-
-    @property
-    def num_free_blocks(self) -> int:
-        return self._pool.num_free_blocks
+    popleft = ElasticPool.take_one
+    popleft_n = ElasticPool.take
+    prepend_n = ElasticPool.put
+    append_n = ElasticPool.keep
+    remove = ElasticPool.reclaim_cached
 
     def append(self, block: KVCacheBlock) -> None:
-        self._pool.keep([block])
+        self.keep([block])
 
 
 class ElasticBlockPool(BlockPool):  # type: ignore[misc]
     """A stock block pool until ``bind``: vLLM also makes pools of host blocks for offloading."""
 
-    elastic: ElasticPool[KVCacheBlock] | None = None
+    elastic: ElasticFreeQueue | None = None
     margin_blocks = 0
     _capacity_blocks = 0
-    _counts_everything = False
 
     def bind(
-        self, pool: ElasticPool[KVCacheBlock], capacity_blocks: int, margin_blocks: int
+        self, pool: ElasticFreeQueue, capacity_blocks: int, margin_blocks: int
     ) -> None:
         """Hand out blocks by ``pool`` from now on.
 
@@ -51,17 +44,12 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         self.elastic = pool
         self.margin_blocks = margin_blocks
         self._capacity_blocks = capacity_blocks
-        self.free_block_queue = FreeQueue(pool)
+        self.free_block_queue = pool
 
     def evict(self, blocks: list[KVCacheBlock]) -> None:
         """Forget the content of free blocks."""
         for block in blocks:
             self._maybe_evict_cached_block(block)
-
-    def get_num_free_blocks(self) -> int:
-        if self._counts_everything and self.elastic is not None:
-            return int(self.num_gpu_blocks) - 1 - self.elastic.live_blocks
-        return int(super().get_num_free_blocks())
 
     def get_usage(self) -> float:
         if self.elastic is None:
@@ -73,11 +61,12 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             return bool(super().reset_prefix_cache())
         with self.elastic.lock:
             # vLLM compares the free blocks with all blocks; the budget has no say in that.
-            self._counts_everything = True
+            unused = self.num_gpu_blocks - 1 - self.elastic.live_blocks
+            self.get_num_free_blocks = lambda: unused
             try:
                 done = bool(super().reset_prefix_cache())
             finally:
-                self._counts_everything = False
+                del self.get_num_free_blocks
             if done:
                 self.elastic.forget_all()
             return done

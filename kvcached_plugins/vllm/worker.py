@@ -29,6 +29,9 @@ from kvcached_vmm.units import format_size
 
 logger = logging.getLogger("vllm.kvcached")
 
+GPU_SHARE = 0.92
+"""vLLM's own default: what is left is for fragmentation and for what no profile sees."""
+
 PATIENCE_SECONDS = 60.0
 """How long a step waits for memory that the ledger granted and the driver does not have."""
 
@@ -41,11 +44,13 @@ class WorkerReport:
         device: the ledger's name of the device that this worker is on.
         granularity: bytes of the driver's smallest mapping.
         fixed_bytes: weights, graphs and peak activations, as far as vLLM measured them.
+        default_budget_bytes: what engines on the device share if no user says.
     """
 
     device: str
     granularity: int
     fixed_bytes: int
+    default_budget_bytes: int
 
 
 def device_driver(device: torch.device) -> Driver:
@@ -72,13 +77,14 @@ class WorkerMemory:
         self.device: torch.device = worker.device
         self.driver = device_driver(self.device)
         self.fixed_bytes = int(getattr(worker, "kvcached_fixed_bytes", 0))
+        self.default_budget_bytes = default_budget(worker, self.driver)
         self.arena = Arena(self.driver, extent_map(kv_cache_config, plan, self.driver.granularity))
         self._lock = threading.RLock()
         self._quarantine = Quarantine(self._marks())
         self._starting: Account | None = Ledger.open(settings.directory, self.driver.device).join(
             f"{settings.name or 'vllm'} (starting)",
             settings.budget_bytes,
-            default_budget_bytes=default_budget(worker, self.driver),
+            default_budget_bytes=self.default_budget_bytes,
         )
         self._commit({0})
 
@@ -121,7 +127,12 @@ class WorkerMemory:
             if self._starting is not None:
                 self._starting.close()
                 self._starting = None
-        return WorkerReport(self.driver.device, self.driver.granularity, self.fixed_bytes)
+        return WorkerReport(
+            self.driver.device,
+            self.driver.granularity,
+            self.fixed_bytes,
+            self.default_budget_bytes,
+        )
 
     def sleep(self) -> None:
         """Give everything back; only ``wake`` may follow."""
@@ -184,10 +195,10 @@ def named_blocks(scheduler_output: Any) -> Iterator[Iterable[int]]:
 
 
 def default_budget(worker: Any, driver: Driver) -> int:
-    """What engines share if nobody says: vLLM's share of the GPU, or half of the host's memory."""
+    """What engines share if nobody says: most of the GPU, or half of the host's memory."""
     total = driver.memory().total_bytes
     if worker.device.type == "cuda":
-        return int(total * worker.cache_config.gpu_memory_utilization)
+        return int(total * max(GPU_SHARE, worker.cache_config.gpu_memory_utilization))
     return total // 2
 
 
