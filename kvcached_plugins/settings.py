@@ -52,7 +52,7 @@ class Settings:
         budget_bytes: KVCACHED_BUDGET, what all engines on the device may use for KV together.
         maximum_bytes: KVCACHED_MAX, what this engine may use.
         minimum_bytes: KVCACHED_MIN, what this engine is always sure of.
-        cache_bytes: KVCACHED_CACHE_MAX, how much prefix cache may be kept before new blocks evict it.
+        cache_bytes: KVCACHED_CACHE_MAX, how much prefix cache is kept before new blocks evict it.
         cache_seconds: KVCACHED_CACHE_TTL, how long a prefix that nobody asks for is kept.
         decay_seconds: KVCACHED_DECAY, how long memory without content is kept for reuse.
         extent_bytes: KVCACHED_EXTENT, how much memory is committed or released at a time.
@@ -106,7 +106,7 @@ class Settings:
 
 
 def default_directory(environment: Mapping[str, str]) -> Path:
-    """The user's runtime folder, or one in their home; never a place that everybody can write to."""
+    """The user's runtime folder, or one in their home; never a place that all can write to."""
     runtime = environment.get("XDG_RUNTIME_DIR", "")
     if runtime.startswith("/"):
         return Path(runtime) / "kvcached"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from kvcached_vmm.driver import Driver
 from kvcached_vmm.errors import DriverError
@@ -55,7 +56,7 @@ class Arena:
             Bytes that were added.
 
         Raises:
-            OutOfMemory: there is not enough memory; nothing has changed and the call may be repeated.
+            OutOfMemory: there is not enough memory; nothing has changed, the call may be repeated.
             DriverError: another call failed; nothing has changed.
         """
         with self._lock:
@@ -122,7 +123,7 @@ class Arena:
         finally:
             self._release(handle)
 
-    def _release(self, handle: int) -> None:
+    def _release(self, handle: Any) -> None:
         try:
             self.driver.release(handle)
         except DriverError as error:

@@ -29,13 +29,16 @@ class CudaDriver:
                 "install it with: pip install 'kvcached-plugins[vllm]'."
             ) from error
         self._cuda: Any = cuda
+        self._success = cuda.CUresult.CUDA_SUCCESS
+        self._cu_create, self._cu_map = cuda.cuMemCreate, cuda.cuMemMap
+        self._cu_unmap, self._cu_release = cuda.cuMemUnmap, cuda.cuMemRelease
         self._entered = threading.local()
         try:
             self._call("cuInit", 0)
             self._gpu = self._call("cuDeviceGet", ordinal)
         except (DriverError, RuntimeError) as error:
             raise DeviceUnsupported(
-                f"GPU {ordinal} cannot be used ({error}); check that the NVIDIA driver is installed "
+                f"GPU {ordinal} cannot be used ({error}) Check that the NVIDIA driver is installed "
                 "and that CUDA_VISIBLE_DEVICES names a GPU of this machine."
             ) from error
         attribute = cuda.CUdevice_attribute
@@ -46,10 +49,12 @@ class CudaDriver:
         supported = attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
         if capability < MINIMUM_CAPABILITY or not self._attribute(supported):
             raise DeviceUnsupported(
-                f"GPU {ordinal} has compute capability {capability[0]}.{capability[1]}; an elastic KV "
-                "cache needs an Ampere GPU (8.0) or newer; unset ENABLE_KVCACHED to run without it."
+                f"GPU {ordinal} has compute capability {capability[0]}.{capability[1]}; an elastic "
+                "KV cache needs an Ampere GPU (8.0) or newer; unset ENABLE_KVCACHED to run it."
             )
-        self.device = f"GPU-{uuid.UUID(bytes=bytes(self._call('cuDeviceGetUuid', self._gpu).bytes))}"
+        self.device = (
+            f"GPU-{uuid.UUID(bytes=bytes(self._call('cuDeviceGetUuid', self._gpu).bytes))}"
+        )
         self._context = self._call("cuDevicePrimaryCtxRetain", self._gpu)
         location = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         self._properties = cuda.CUmemAllocationProp()
@@ -74,22 +79,31 @@ class CudaDriver:
         self._enter()
         self._call("cuMemAddressFree", address, size)
 
-    def create(self, size: int) -> int:
+    def create(self, size: int) -> Any:
         self._enter()
-        return int(self._call("cuMemCreate", size, self._properties, 0))
+        status, handle = self._cu_create(size, self._properties, 0)
+        if status != self._success:
+            raise self._error("cuMemCreate", status)
+        return handle
 
-    def map(self, address: int, size: int, handle: int) -> None:
-        self._call("cuMemMap", address, size, 0, handle, 0)
+    def map(self, address: int, size: int, handle: Any) -> None:
+        (status,) = self._cu_map(address, size, 0, handle, 0)
+        if status != self._success:
+            raise self._error("cuMemMap", status)
 
     def allow(self, address: int, size: int) -> None:
         self._call("cuMemSetAccess", address, size, [self._access], 1)
 
     def unmap(self, address: int, size: int) -> None:
         self._enter()
-        self._call("cuMemUnmap", address, size)
+        (status,) = self._cu_unmap(address, size)
+        if status != self._success:
+            raise self._error("cuMemUnmap", status)
 
-    def release(self, handle: int) -> None:
-        self._call("cuMemRelease", handle)
+    def release(self, handle: Any) -> None:
+        (status,) = self._cu_release(handle)
+        if status != self._success:
+            raise self._error("cuMemRelease", status)
 
     def memory(self) -> DeviceMemory:
         self._enter()
@@ -107,11 +121,12 @@ class CudaDriver:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         status, *values = getattr(self._cuda, name)(*arguments)
-        if status != self._cuda.CUresult.CUDA_SUCCESS:
-            kind = DriverError
-            if status == self._cuda.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-                kind = OutOfMemory
-            raise kind(name, status.name)
+        if status != self._success:
+            raise self._error(name, status)
         if not values:
             return None
         return values[0] if len(values) == 1 else tuple(values)
+
+    def _error(self, name: str, status: Any) -> DriverError:
+        short = status == self._cuda.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+        return (OutOfMemory if short else DriverError)(name, status.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Driver(Protocol):
         """Give a reservation back. Nothing may be mapped in it."""
         ...
 
-    def create(self, size: int) -> int:
-        """Allocate physical memory; return its handle."""
+    def create(self, size: int) -> Any:
+        """Allocate physical memory; return its handle, of whatever type the driver likes."""
         ...
 
-    def map(self, address: int, size: int, handle: int) -> None:
+    def map(self, address: int, size: int, handle: Any) -> None:
         """Put the memory of ``handle`` at ``address``; not yet accessible (see ``allow``)."""
         ...
 
@@ -56,7 +56,7 @@ class Driver(Protocol):
         """Take a mapping away. An access to it afterwards is a fault. Waits for nothing."""
         ...
 
-    def release(self, handle: int) -> None:
+    def release(self, handle: Any) -> None:
         """Drop a handle; its memory lives on while it is mapped."""
         ...
 

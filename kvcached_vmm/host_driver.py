@@ -158,9 +158,7 @@ class HostDriver:
                 raise DriverError("unmap", "not one whole mapping")
             where = self._range(address, size)
             self._mmap(address, size, _PROT_NONE, -1, 0)
-            _libc.fallocate(
-                where.fd, _FALLOC_KEEP_SIZE_PUNCH_HOLE, address - where.address, size
-            )
+            _libc.fallocate(where.fd, _FALLOC_KEEP_SIZE_PUNCH_HOLE, address - where.address, size)
             memory.address = None
             del self._mapped[address]
             self._forget_if_unused(memory)
@@ -199,10 +197,20 @@ class HostDriver:
             raise DriverError(call, f"not a multiple of {self.granularity} bytes")
 
     def _mmap(
-        self, address: int | None, size: int, protection: int, fd: int, offset: int, fixed: bool = True
+        self,
+        address: int | None,
+        size: int,
+        protection: int,
+        fd: int,
+        offset: int,
+        fixed: bool = True,
     ) -> int:
-        flags = mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        where = _libc.mmap(address, size, protection, flags | (_MAP_FIXED if fixed else 0), fd, offset)
+        flags = (
+            mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        )
+        where = _libc.mmap(
+            address, size, protection, flags | (_MAP_FIXED if fixed else 0), fd, offset
+        )
         if where is None or where == _FAILED:
             raise DriverError("mmap", os.strerror(ctypes.get_errno()))
         return int(where)

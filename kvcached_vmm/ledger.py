@@ -194,7 +194,7 @@ class Ledger:
                 self._set_budget(budget, budget_bytes is not None)
             elif budget_bytes is not None and budget_bytes != budget:
                 raise LedgerError(
-                    f"KVCACHED_BUDGET is {format_size(budget_bytes)}, but engines already running on "
+                    f"KVCACHED_BUDGET is {format_size(budget_bytes)}, but engines that run on "
                     f"{self.device} share {format_size(budget)}; use that value or stop them first."
                 )
             promised = sum(self._identity(slot).minimum for slot in used)
@@ -208,7 +208,9 @@ class Ledger:
             if slot is None:
                 raise LedgerError(f"The ledger of {self.device} is full: {_SLOTS} engines use it.")
             if not _try_lock(self._fd, 1 + slot):
-                raise LedgerError(f"A record in the ledger of {self.device} is locked by a stranger.")
+                raise LedgerError(
+                    f"A record in the ledger of {self.device} is locked by a stranger."
+                )
             at = self._at(slot)
             _USE.pack_into(self._map, at + _USE_AT, 0, 0, 0, 0, 0, 0, 0.0)
             label = name.encode()[:63]
@@ -316,11 +318,13 @@ class Account:
             use = ledger._use(self._slot)
             wanted = wanted_bytes - grant
             since = (use.waiting_since or time.time()) if wanted else 0.0
-            self._write(use._replace(reserved=use.reserved + grant, wanted=wanted, waiting_since=since))
+            self._write(
+                use._replace(reserved=use.reserved + grant, wanted=wanted, waiting_since=since)
+            )
             return grant
 
     def commit(self, granted_bytes: int, used_bytes: int) -> None:
-        """Turn ``granted_bytes`` of grants into ``used_bytes`` of memory; the rest is given back."""
+        """Turn ``granted_bytes`` of grants into ``used_bytes`` of memory; give the rest back."""
         with self._ledger._exclusive():
             use = self._ledger._use(self._slot)
             assert used_bytes <= granted_bytes <= use.reserved
@@ -410,7 +414,7 @@ def _own(path: Path, status: os.stat_result, forbidden: int, links: int | None =
     plain = stat.S_ISDIR(status.st_mode) if links is None else stat.S_ISREG(status.st_mode)
     if not (ours and plain and links in (None, status.st_nlink)):
         raise LedgerError(
-            f"{path} is not private: it must be a plain {'file' if links else 'folder'} of the user "
+            f"{path} is not private: it must be a {'plain file' if links else 'folder'} of the one "
             f"who runs the engine, with no rights for others (mode {'0600' if links else '0700'}); "
             "mend it or point KVCACHED_DIR at a folder of your own."
         )

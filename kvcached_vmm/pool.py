@@ -1,7 +1,7 @@
 """Which blocks to hand out, and which extents to give back. The policy, in pure Python.
 
-An extent is *empty* (no memory), *resident* (has memory, or has been promised it), *idle* (resident,
-and all its blocks are free) or *leaving* (its release is under way). Of a resident extent's blocks
+An extent is *empty* (no memory), *resident* (has memory, or was promised it), *idle* (resident, and
+all its blocks are free) or *leaving* (its release is under way). Of a resident extent's blocks
 some are live, some cached (free, but their content may be asked for again) and some free.
 
 New blocks come from the fullest extent that has a free one, so that the others drain; then from
@@ -33,8 +33,9 @@ LOOK_SECONDS = 0.25
 """How often ``tick`` looks for extents that have become idle or too old; less if they decay sooner.
 A look costs about 0.2 us for each block on the stack."""
 
-RELEASE_BATCH = 16
-"""Extents given back beside a step: 16 unmappings take about 0.4 ms on an H200."""
+RELEASE_BATCH = 32
+"""Extents given back beside a step, at most eight times a second: about 1.2 ms on an H200, while
+the device is busy with the step."""
 
 
 class Block(Protocol):
@@ -101,7 +102,7 @@ class ElasticPool(Generic[B]):
     """Hands out blocks of an arena and decides which extents have memory.
 
     The first block is never handed out and its extent is never given back, except by ``sleep``.
-    Methods may be called from several threads; ``lock`` is reentrant and may be held around several.
+    Methods may be called from several threads; ``lock`` is reentrant and may be held over several.
 
     Args:
         blocks: all blocks, in the order of their ids, which start at 0.
@@ -262,7 +263,7 @@ class ElasticPool(Generic[B]):
             Extents that the reserve wants committed ahead of need.
         """
         with self.lock:
-            ahead = []
+            ahead: list[int] = []
             short = self.policy.reserve_bytes // self._unit - len(self._idle)
             if short > 0 and self.live_blocks:
                 self._reserve(short)
@@ -297,7 +298,7 @@ class ElasticPool(Generic[B]):
             spare = len(self._idle)
             if self.live_blocks:
                 spare -= self.policy.reserve_bytes // self._unit
-            leaving = []
+            leaving: list[int] = []
             for extent in list(itertools.islice(self._idle, max(0, spare))):
                 if extent.idle_since > due or len(leaving) == limit:
                     break
@@ -373,7 +374,8 @@ class ElasticPool(Generic[B]):
             cached = [block for extent in self._extents for block in extent.cached]
             idle = [block.block_id for extent in self._idle for block in extent.blocks]
             free = stacked + cached + idle
-            assert len(free) == len(set(free)) and 0 not in free
+            assert len(free) == len(set(free))
+            assert 0 not in free
             assert self.num_free_blocks == len(free) + self._credit_blocks
             assert self._cached_blocks == len(cached)
             assert set(self._lru) == {extent for extent in self._extents if extent.cached}
@@ -382,7 +384,7 @@ class ElasticPool(Generic[B]):
             for extent in self._extents:
                 in_state[extent.state].add(extent.index)
             assert {extent.index for extent in self._idle} == in_state[IDLE]
-            assert len(self._empty) == len(set(self._empty)) and set(self._empty) == in_state[EMPTY]
+            assert sorted(self._empty) == sorted(in_state[EMPTY])
             assert set(self._footprint) == in_state[RESIDENT] | in_state[IDLE] | in_state[LEAVING]
             assert self._resident_blocks == sum(
                 len(self._extents[index].blocks) for index in in_state[RESIDENT] | in_state[IDLE]

@@ -28,12 +28,11 @@ def parse_size(text: str) -> int:
 def format_size(size_bytes: int) -> str:
     """``size_bytes`` in the largest binary unit that keeps it at least 1: ``1.5 GiB``."""
     value = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            break
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(value) >= 1024 and len(units) > 1:
         value /= 1024
-    else:
-        unit = "TiB"
+        del units[0]
+    unit = units[0]
     return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"
 
 

@@ -1,5 +1,6 @@
 """The contract with an engine: who is let in, who is refused, and with which words."""
 
+import ast
 import http.server
 import io
 import random
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from kvcached_plugins import contract
+from kvcached_plugins import contract, engine_source
 from kvcached_plugins.cli import contract as command
 from kvcached_vmm.errors import ContractError
 
@@ -143,7 +144,7 @@ def test_equal_files_are_not_parsed(site: Path, monkeypatch: pytest.MonkeyPatch)
     def no_parsing(source: object) -> None:
         raise AssertionError("parsed")
 
-    monkeypatch.setattr(contract.ast, "parse", no_parsing)
+    monkeypatch.setattr(engine_source.ast, "parse", no_parsing)
     contract.verify()
     change(site, "pass", "return")
     with pytest.raises(AssertionError, match="parsed"):
@@ -260,7 +261,7 @@ def test_the_version_comes_from_the_package_when_metadata_is_missing_or_disagree
 
 @pytest.fixture
 def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contract.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(engine_source.util, "find_spec", lambda name: None)
 
 
 @pytest.mark.usefixtures("nothing_installed")
@@ -544,6 +545,41 @@ def test_a_shipped_manifest_describes_the_published_wheel(name: str) -> None:
 
 def test_the_versions_that_we_promise_have_manifests() -> None:
     assert {"0.30", "0.32", "0.33"} <= set(contract.supported("vllm"))
+
+
+PLUGIN = Path(command.__file__).parents[1] / "vllm" / "plugin.py"
+
+
+def patched(tree: ast.Module) -> Iterator[str]:
+    """What the plugin wraps, by its tuples of ``Patch``, and what it binds to something else."""
+    for statement in tree.body:
+        if not isinstance(statement, (ast.Assign, ast.FunctionDef)):
+            continue
+        modules: dict[str, str] = {}
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Patch":
+                target = ast.literal_eval(node.args[0])
+                assert target.count(":") == 1, target
+                yield target.replace(":", ".")
+            elif isinstance(node, ast.ImportFrom):
+                for item in node.names:
+                    modules[item.asname or item.name] = f"{node.module}.{item.name}"
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+                owner = getattr(node.targets[0].value, "id", "")
+                if modules.get(owner, "").startswith("vllm."):
+                    yield f"{modules[owner]}.{node.targets[0].attr}"
+
+
+def test_the_list_of_symbols_has_exactly_what_the_plugin_changes() -> None:
+    changed = list(patched(ast.parse(PLUGIN.read_text())))
+    listed = [
+        f"{use.module}.{name}"
+        for use in contract.uses("vllm")
+        if use.kind in ("wrap", "replace")
+        for name in use.names
+    ]
+    assert len(changed) > 10
+    assert sorted(changed) == sorted(listed)
 
 
 def test_every_symbol_says_why_and_until_when() -> None:

@@ -13,7 +13,7 @@ from kvcached_plugins.settings import Settings
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, extent_map
 from kvcached_plugins.vllm.pool import ElasticBlockPool, ElasticFreeQueue
 from kvcached_plugins.vllm.refusal import Refusal
-from kvcached_plugins.vllm.worker import WorkerReport
+from kvcached_plugins.vllm.worker import Progress, WorkerReport
 from kvcached_vmm.errors import EngineUnsupported, KVCachedError
 from kvcached_vmm.fence import StepClock
 from kvcached_vmm.ledger import Account, Ledger
@@ -24,6 +24,9 @@ logger = logging.getLogger("vllm.kvcached")
 
 IDLE_BATCH = 128
 """Extents given back at a time when there is no step to hold up."""
+
+QUIET_SECONDS = 0.1
+"""An engine that has not launched a step for this long does not release memory beside its steps."""
 
 REPORT_SECONDS = 0.1
 """How often the ledger learns what our bytes are good for."""
@@ -80,7 +83,9 @@ class Steward:
         self._executor = core.model_executor
         self._runs_worker = type(self._executor).__name__ == "UniProcExecutor"
         reports: list[WorkerReport] = self._executor.collective_rpc("kvcached_start")
-        name = settings.name or str(config.model_config.served_model_name or config.model_config.model)
+        name = settings.name or str(
+            config.model_config.served_model_name or config.model_config.model
+        )
         self._budget = Shares(
             [
                 (self._join(settings, name, device, reports), ranks)
@@ -91,7 +96,9 @@ class Steward:
         block_pool: ElasticBlockPool = manager.block_pool
         self.clock = StepClock()
         kv_cache_config = scheduler.kv_cache_config
-        extents = extent_map(kv_cache_config, getattr(kv_cache_config, ATTRIBUTE), reports[0].granularity)
+        extents = extent_map(
+            kv_cache_config, getattr(kv_cache_config, ATTRIBUTE), reports[0].granularity
+        )
         reserve = settings.reserve_bytes
         limit = self._budget.limit_bytes()
         self.pool = ElasticFreeQueue(
@@ -104,11 +111,13 @@ class Steward:
                 decay_seconds=settings.decay_seconds,
                 cache_seconds=settings.cache_seconds,
                 cache_bytes=settings.cache_bytes,
-                reserve_bytes=min(limit // 32, 2 * extents.largest_bytes) if reserve is None else reserve,
+                reserve_bytes=min(limit // 32, 2 * extents.largest_bytes)
+                if reserve is None
+                else reserve,
             ),
         )
         self._leaving: deque[tuple[int, Sequence[int]]] = deque()
-        self._reported = 0.0
+        self._reported = self._launched_at = 0.0
         self._stopped = threading.Event()
         deadline = time.monotonic() + 60
         while not self.pool.wake():
@@ -118,7 +127,7 @@ class Steward:
         capacity = min(limit // extents.block_bytes, extents.num_blocks - 1)
         block_pool.bind(self.pool, max(1, capacity), int(getattr(manager, "watermark_blocks", 0)))
         logger.info(
-            "kvcached: elastic KV cache %r: %s virtual in %d blocks, extents of %s, limit %s, on %s",
+            "kvcached: elastic cache of %r: %s virtual, %d blocks, extents of %s, up to %s, on %s",
             name,
             format_size(extents.size_bytes),
             extents.num_blocks,
@@ -134,6 +143,7 @@ class Steward:
         commit = self.pool.settle()
         release = self.pool.tick()
         step = self.clock.launch()
+        self._launched_at = time.monotonic()
         scheduler_output.kvcached = Orders(step, tuple(release), tuple(commit))
         if release:
             self._leaving.append((step, release))
@@ -144,23 +154,29 @@ class Steward:
         if orders is None:
             return
         self.clock.finish(orders.step)
-        while self._leaving and self._leaving[0][0] < orders.step:
-            self.pool.released(self._leaving.popleft()[1])
+        self._confirm(orders.step)
         self._report()
 
     def idle(self, *_: Any) -> None:
-        """Release what is due while no step is in flight."""
+        """Release what is due though the engine takes no steps.
+
+        An engine used in process may leave its last step's results unread, so it is the workers who
+        say which steps are done.
+        """
         with self.pool.lock:
-            if self.clock.launched != self.clock.finished or self._stopped.is_set():
+            if self._stopped.is_set() or time.monotonic() - self._launched_at < QUIET_SECONDS:
                 return
+            step = self.clock.launched
             release = self.pool.tick(IDLE_BATCH)
-            if release or self._leaving:
-                self._executor.collective_rpc(
-                    "kvcached_obey", args=(Orders(self.clock.launched, tuple(release)),)
+            if release:
+                self._leaving.append((step, release))
+            if self._leaving or self.clock.finished < step:
+                progress: list[Progress] = self._executor.collective_rpc(
+                    "kvcached_obey", args=(Orders(step, tuple(release)),)
                 )
-                self.pool.released(release)
-                while self._leaving:
-                    self.pool.released(self._leaving.popleft()[1])
+                self.clock.finish(min(worker.done_step for worker in progress))
+                if not any(worker.waiting_extents for worker in progress):
+                    self._confirm(step + 1)
             self._report()
 
     def sleep(self) -> None:
@@ -185,6 +201,11 @@ class Steward:
         if not self._stopped.is_set():
             self._stopped.set()
             self._budget.close()
+
+    def _confirm(self, step: int) -> None:
+        """What was ordered before ``step`` has been released."""
+        while self._leaving and self._leaving[0][0] < step:
+            self.pool.released(self._leaving.popleft()[1])
 
     def _join(
         self, settings: Settings, name: str, device: str, reports: Sequence[WorkerReport]
@@ -248,7 +269,9 @@ def initialize_kv_caches(original: Callable[..., Any], core: Any, *args: Any, **
     return kv_cache_config
 
 
-def scheduler_init(original: Callable[..., None], scheduler: Any, *args: Any, **kwargs: Any) -> None:
+def scheduler_init(
+    original: Callable[..., None], scheduler: Any, *args: Any, **kwargs: Any
+) -> None:
     original(scheduler, *args, **kwargs)
     if _starting:
         core = _starting.pop()
@@ -291,6 +314,14 @@ def executor_sleep(original: Callable[..., Any], executor: Any, *args: Any, **kw
     result = original(executor, *args, **kwargs)
     steward = steward_of(executor)
     if steward is not None and executor.is_sleeping:
+        steward.sleep()
+    return result
+
+
+def executor_discard(original: Callable[..., Any], executor: Any, tags: tuple[str, ...]) -> Any:
+    result = original(executor, tags)
+    steward = steward_of(executor)
+    if steward is not None and "kv_cache" in tags and executor.is_sleeping:
         steward.sleep()
     return result
 

@@ -40,29 +40,35 @@ class Orders:
 
 
 def regions(kv_cache_config: Any) -> list[Region]:
-    """Where blocks lie in vLLM's buffer.
+    """Where blocks lie in vLLM's buffer: one region if all layers of a block are together, else one
+    for each layer. Groups of layers may lie over each other: a block belongs to one at a time.
 
     Raises:
         EngineUnsupported: blocks lie in a way that extents cannot follow.
     """
-    found: set[Region] = set()
+    count = kv_cache_config.num_blocks
+    found = set()
     for tensor in kv_cache_config.kv_cache_tensors:
-        block, layer, layers = tensor.block_stride, tensor.layer_stride, len(tensor.layers)
-        if layers == 1 or layer < block:
-            if tensor.offset + (layers - 1) * layer < block:
-                found.add(Region(0, block))
-                continue
-        if layers > 1 and layer < kv_cache_config.num_blocks * block:
-            raise EngineUnsupported(
-                f"This model's KV layout (layer stride {layer}, block stride {block}) is not one that "
-                "an elastic KV cache supports; unset ENABLE_KVCACHED to run it."
+        if count * tensor.block_stride == tensor.size:
+            found.add(Region(0, tensor.block_stride))
+        else:
+            found.update(
+                Region(tensor.offset + layer * tensor.layer_stride, tensor.block_stride)
+                for layer in range(len(tensor.layers))
             )
-        found.update(Region(tensor.offset + index * layer, block) for index in range(layers))
+    sizes = {tensor.size for tensor in kv_cache_config.kv_cache_tensors}
+    if sizes != {count * sum(region.stride_bytes for region in found)}:
+        raise EngineUnsupported(
+            "vLLM lays this model's KV cache out in a way that an elastic cache cannot follow "
+            f"({kv_cache_config.kv_cache_tensors[0]}); unset ENABLE_KVCACHED to run it."
+        )
     return sorted(found, key=lambda region: region.offset_bytes)
 
 
-def plan(kv_cache_configs: Sequence[Any], granularity: int, limit_bytes: int, extent: int | None) -> Plan:
-    """Choose the size of extents for all workers: about ``extent`` bytes, or what suits the limit."""
+def plan(
+    kv_cache_configs: Sequence[Any], granularity: int, limit_bytes: int, extent: int | None
+) -> Plan:
+    """The size of extents for all workers: about ``extent`` bytes, or what suits the limit."""
     target = extent or min(EXTENT_BYTES, ceil_to(limit_bytes // EXTENTS_PER_BUDGET, granularity))
     return Plan(
         max(

@@ -18,7 +18,9 @@ GPU_GRANULARITY = 2 * MIB
 _TURN_OFF = "unset ENABLE_KVCACHED to run without an elastic KV cache."
 
 
-def create_engine_config(original: Callable[..., Any], arguments: Any, *args: Any, **kwargs: Any) -> Any:
+def create_engine_config(
+    original: Callable[..., Any], arguments: Any, *args: Any, **kwargs: Any
+) -> Any:
     config = original(arguments, *args, **kwargs)
     reason = unsupported(config)
     if reason is not None:
@@ -51,7 +53,14 @@ def unsupported(config: Any) -> str | None:
             parallel.distributed_executor_backend == "ray" or getattr(parallel, "nnodes", 1) > 1,
             "workers on other machines or under Ray cannot share a ledger",
         ),
-        (getattr(parallel, "enable_elastic_ep", False), "elastic expert parallelism is not supported"),
+        (
+            getattr(parallel, "enable_elastic_ep", False),
+            "elastic expert parallelism is not supported",
+        ),
+        (
+            getattr(parallel, "enable_fault_tolerance", False),
+            "vLLM's fault tolerance drops steps without a word to the scheduler",
+        ),
         (
             getattr(config.attention_config, "hisparse_config", None) is not None,
             "HiSparse keeps KV blocks on the host and is not supported",
@@ -61,11 +70,17 @@ def unsupported(config: Any) -> str | None:
 
 
 def resolve_kv_cache_layout(
-    original: Callable[..., Any], vllm_config: Any, supported: list[list[str]], *args: Any, **kwargs: Any
+    original: Callable[..., Any],
+    vllm_config: Any,
+    supported: list[list[str]],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Prefer the layout that keeps all layers of a block together, where the backend takes it: then
     one driver handle backs a run of blocks whatever the number of layers."""
-    return original(vllm_config, [block_outermost_first(names) for names in supported], *args, **kwargs)
+    return original(
+        vllm_config, [block_outermost_first(names) for names in supported], *args, **kwargs
+    )
 
 
 def block_outermost_first(names: Sequence[str]) -> list[str]:
@@ -114,9 +129,8 @@ def _refuse_unsupported_layers(vllm_config: Any, specs: dict[str, Any]) -> None:
     from vllm.v1 import kv_cache_interface as interface
 
     allowed = (interface.FullAttentionSpec, interface.MLAAttentionSpec)
-    refused = (interface.SinkFullAttentionSpec,)
     for layer, spec in specs.items():
-        if not isinstance(spec, allowed) or isinstance(spec, refused):
+        if type(spec) not in allowed:
             raise Refusal(
                 f"layer {layer} keeps its state as {type(spec).__name__}, and an elastic KV cache "
                 f"supports full attention only so far; {_TURN_OFF}"

@@ -19,10 +19,14 @@ from kvcached_vmm.errors import KVCachedError
 
 
 class Patch(NamedTuple):
-    """A function or method of vLLM that ours is wrapped around, named ``module:attribute``."""
+    """A function or method of vLLM that ours is wrapped around, named ``module:attribute``.
+
+    ``since`` names the first minor version that has it, if not all that we support do.
+    """
 
     target: str
     around: str
+    since: str = ""
 
 
 PATCHES = (
@@ -33,6 +37,7 @@ PATCHES = (
     Patch("vllm.v1.engine.core:EngineCore.shutdown", "engine:engine_core_shutdown"),
     Patch("vllm.v1.executor.abstract:Executor.sleep", "engine:executor_sleep"),
     Patch("vllm.v1.executor.abstract:Executor.wake_up", "engine:executor_wake_up"),
+    Patch("vllm.v1.executor.abstract:Executor.discard", "engine:executor_discard", since="0.31"),
     Patch("vllm.v1.core.sched.scheduler:Scheduler.__init__", "engine:scheduler_init"),
     Patch("vllm.v1.core.sched.scheduler:Scheduler.schedule", "engine:schedule"),
     Patch("vllm.v1.core.sched.scheduler:Scheduler.update_from_output", "engine:update_from_output"),
@@ -50,7 +55,9 @@ WORKER_PATCHES = (
         "vllm.v1.worker.gpu_worker:Worker.determine_available_memory",
         "worker:determine_available_memory",
     ),
-    Patch("vllm.v1.worker.gpu_worker:Worker.initialize_from_config", "worker:initialize_from_config"),
+    Patch(
+        "vllm.v1.worker.gpu_worker:Worker.initialize_from_config", "worker:initialize_from_config"
+    ),
     Patch("vllm.v1.worker.gpu_worker:Worker.execute_model", "worker:execute_model"),
     Patch("vllm.v1.worker.gpu.attn_utils:allocate_kv_cache", "worker:allocate_kv_cache"),
     Patch("vllm.v1.worker.gpu_model_runner:allocate_kv_cache", "worker:allocate_kv_cache"),
@@ -99,6 +106,8 @@ def apply(patches: tuple[Patch, ...]) -> None:
         *parents, name = path.split(".")
         for parent in parents:
             owner = getattr(owner, parent)
+        if patch.since and not hasattr(owner, name):
+            continue
         original = getattr(owner, name)
         if getattr(original, "__kvcached__", None) != patch.around:
             around_module, _, around = patch.around.partition(":")
@@ -122,7 +131,9 @@ def resolve_worker_class(original: Callable[[str], Any], qualified_name: str) ->
     return original(qualified_name)
 
 
-def _wrap(original: Callable[..., Any], around: Callable[..., Any], label: str) -> Callable[..., Any]:
+def _wrap(
+    original: Callable[..., Any], around: Callable[..., Any], label: str
+) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return around(original, *args, **kwargs)

@@ -31,9 +31,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
     margin_blocks = 0
     _capacity_blocks = 0
 
-    def bind(
-        self, pool: ElasticFreeQueue, capacity_blocks: int, margin_blocks: int
-    ) -> None:
+    def bind(self, pool: ElasticFreeQueue, capacity_blocks: int, margin_blocks: int) -> None:
         """Hand out blocks by ``pool`` from now on.
 
         Args:

@@ -37,6 +37,14 @@ PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a worker's device is: the last step that is done, and extents yet to be released."""
+
+    done_step: int
+    waiting_extents: int
+
+
+@dataclass(frozen=True)
 class WorkerReport:
     """What an engine core learns of a worker.
 
@@ -80,7 +88,12 @@ class WorkerMemory:
         self.default_budget_bytes = default_budget(worker, self.driver)
         self.arena = Arena(self.driver, extent_map(kv_cache_config, plan, self.driver.granularity))
         self._lock = threading.RLock()
-        self._quarantine = Quarantine(self._marks())
+        self._mark: Callable[[], Mark] = (
+            StreamMarks(self.device) if self.device.type == "cuda" else Passed
+        )
+        self._quarantine = Quarantine(self._mark)
+        self._last_mark: Mark | None = None
+        self._launched_step = self._done_step = 0
         self._starting: Account | None = Ledger.open(settings.directory, self.driver.device).join(
             f"{settings.name or 'vllm'} (starting)",
             settings.budget_bytes,
@@ -108,21 +121,26 @@ class WorkerMemory:
         if orders is None:
             return
         with self._lock:
+            self._launched_step = orders.step
+            self._last_mark = self._mark()
             self._release(overdue_step=orders.step - 1)
             if orders.commit:
                 with contextlib.suppress(DriverError):
                     self.arena.commit(orders.commit)
 
-    def obey(self, orders: Orders) -> None:
-        """Nothing is running: release ``orders`` and everything that was ordered before."""
+    def obey(self, orders: Orders) -> Progress:
+        """The engine takes no steps: release what is quiet, without waiting for the device."""
         with self._lock:
             self._quarantine.put(orders.step, orders.release)
-            self._release(overdue_step=orders.step)
+            self._release(overdue_step=0)
+            if self._last_mark is not None and self._last_mark.query():
+                self._done_step, self._last_mark = self._launched_step, None
+            return Progress(self._done_step, len(self._quarantine))
 
     def start(self) -> WorkerReport:
         """Start-up is over: keep the first extent only, and leave the accounts to the engine."""
         with self._lock:
-            self._marks()().synchronize()
+            self._mark().synchronize()
             self.arena.decommit(self.arena.committed - {0})
             if self._starting is not None:
                 self._starting.close()
@@ -137,7 +155,7 @@ class WorkerMemory:
     def sleep(self) -> None:
         """Give everything back; only ``wake`` may follow."""
         with self._lock:
-            self._marks()().synchronize()
+            self._mark().synchronize()
             self._release(overdue_step=1 << 62)
             self.arena.decommit(self.arena.committed)
 
@@ -145,9 +163,6 @@ class WorkerMemory:
         """Back the first extent with memory again."""
         with self._lock:
             self._commit({0})
-
-    def _marks(self) -> Callable[[], Mark]:
-        return StreamMarks(self.device) if self.device.type == "cuda" else Passed
 
     def _release(self, overdue_step: int) -> None:
         quiet = self._quarantine.take(overdue_step)
@@ -168,7 +183,9 @@ class WorkerMemory:
                     # vLLM only logs an exception of a worker whose output nobody reads, and the
                     # others would wait for it for ever: end the process.
                     logger.critical("kvcached: no memory came in %s s: %s", PATIENCE_SECONDS, error)
-                    raise SystemExit(f"kvcached: the KV cache cannot get its memory: {error}") from error
+                    raise SystemExit(
+                        f"kvcached: the KV cache cannot get its memory: {error}"
+                    ) from error
                 if not complained:
                     logger.warning("kvcached: waiting for memory for the KV cache: %s", error)
                     complained = True
@@ -318,8 +335,9 @@ def _others_bytes(device: torch.device) -> int:
         ledger.close()
 
 
-def worker_obey(worker: Any, orders: Orders) -> None:
-    worker.kvcached.obey(orders)
+def worker_obey(worker: Any, orders: Orders) -> Progress:
+    progress: Progress = worker.kvcached.obey(orders)
+    return progress
 
 
 def worker_start(worker: Any) -> WorkerReport:

