@@ -169,11 +169,9 @@ class Server:
 
     def wait_ready(self) -> None:
         """Returns when the server answers; fails the test when it ends or takes too long."""
-
-        def settled() -> bool:
-            return self.process.poll() is not None or self._healthy()
-
-        in_time = wait_until(settled, START_TIMEOUT_S, 0.3)
+        in_time = wait_until(
+            lambda: self.process.poll() is not None or self._healthy(), START_TIMEOUT_S, 0.3
+        )
         code = self.process.poll()
         if code is not None or not in_time:
             self.stop()
@@ -209,11 +207,8 @@ class Server:
     def metric(self, name: str) -> float:
         """The sum of a Prometheus metric over its labels, from /metrics."""
         lines = self._http.get("/metrics").text.splitlines()
-        values = [
-            float(line.rpartition(" ")[2])
-            for line in lines
-            if line.startswith((f"{name}{{", f"{name} "))
-        ]
+        found = [line for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+        values = [float(line.rpartition(" ")[2]) for line in found]
         assert values, f"/metrics has no {name}"
         return sum(values)
 

@@ -35,7 +35,7 @@ if __name__ == "__main__":
 
 
 def write_script(folder: Path, model: Path, variables: dict[str, str], **engine: int) -> Path:
-    """SCRIPT as a file: it sets `variables` once vLLM is imported, then makes an `LLM(**engine)`."""
+    """SCRIPT as a file: it imports vLLM, sets `variables`, then makes `LLM(**engine)`."""
     script = folder / "script.py"
     engine = {"max_model_len": MAX_MODEL_LEN, **engine}
     script.write_text(SCRIPT.format(variables=variables, model=str(model), engine=engine))

@@ -1,0 +1,7 @@
+"""Plugins that give stock LLM engines an elastic KV cache. See ``kvcached_plugins.vllm``."""
+
+TOGGLE = "ENABLE_KVCACHED"
+"""The environment variable that turns us on."""
+
+OFF = ("", "0", "false", "no", "off")
+"""What it may say to leave the engine alone, lower case; so does leaving it unset."""

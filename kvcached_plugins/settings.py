@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from kvcached_plugins import OFF, TOGGLE
 from kvcached_vmm.errors import SettingsError
 from kvcached_vmm.units import parse_size
 
-TOGGLE = "ENABLE_KVCACHED"
 _ON = ("1", "true", "yes", "on")
-_OFF = ("", "0", "false", "no", "off")
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 CACHE_SECONDS = 60.0
@@ -36,7 +35,7 @@ def enabled(environment: Mapping[str, str] | None = None) -> bool:
     text = (os.environ if environment is None else environment).get(TOGGLE, "").strip().lower()
     if text in _ON:
         return True
-    if text in _OFF:
+    if text in OFF:
         return False
     raise SettingsError(
         f"{TOGGLE}={text!r} is not understood: use one of {', '.join(_ON)} to turn the elastic KV "
@@ -111,7 +110,14 @@ def default_directory(environment: Mapping[str, str]) -> Path:
     if runtime.startswith("/"):
         return Path(runtime) / "kvcached"
     cache = environment.get("XDG_CACHE_HOME", "")
-    return (Path(cache) if cache.startswith("/") else Path.home() / ".cache") / "kvcached"
+    if cache.startswith("/"):
+        return Path(cache) / "kvcached"
+    try:
+        return Path.home() / ".cache" / "kvcached"
+    except RuntimeError:
+        raise SettingsError(
+            "There is no home folder for the ledger; set KVCACHED_DIR to a folder of your own."
+        ) from None
 
 
 _SIZE = "a size such as 512MiB or 2GiB"
@@ -125,7 +131,7 @@ def _optional(
         return None
     try:
         return parse(text)
-    except ValueError:
+    except (ValueError, RuntimeError):
         raise SettingsError(f"{variable}={text!r} is not accepted: give {accepted}.") from None
 
 

@@ -27,13 +27,15 @@ class Arena:
         self.size_bytes = extents.size_bytes
         self._footprint = Footprint(extents)
         self._stray: dict[int, int] = {}
+        self._unreleased: list[tuple[Any, int]] = []
         self._lock = threading.RLock()
         self.base = driver.reserve(self.size_bytes)
 
     @property
     def committed_bytes(self) -> int:
         """Bytes that the driver holds for this arena, counting what it refused to take back."""
-        return self._footprint.bytes + sum(self._stray.values())
+        held = sum(size for _, size in self._unreleased)
+        return self._footprint.bytes + sum(self._stray.values()) + held
 
     @property
     def committed(self) -> frozenset[int]:
@@ -61,7 +63,7 @@ class Arena:
         """
         with self._lock:
             self._sweep()
-            added = [extent for extent in extents if extent not in self._footprint]
+            added = [extent for extent in dict.fromkeys(extents) if extent not in self._footprint]
             wanted: list[Piece] = []
             for extent in added:
                 wanted += self._footprint.add(extent)
@@ -104,8 +106,10 @@ class Arena:
         """Release everything, the addresses too."""
         self.decommit(self.committed)
         with self._lock:
-            if self._stray:
-                raise DriverError("unmap", f"{len(self._stray)} pieces cannot be unmapped")
+            if self._stray or self._unreleased:
+                raise DriverError(
+                    "close", f"{self.committed_bytes} bytes cannot be unmapped or released"
+                )
             self.driver.free(self.base, self.size_bytes)
 
     def check(self) -> None:
@@ -120,14 +124,21 @@ class Arena:
         handle = self.driver.create(piece.size)
         try:
             self.driver.map(self.base + piece.offset, piece.size, handle)
-        finally:
-            self._release(handle)
+        except DriverError:
+            self._release(handle, piece.size)
+            raise
+        if not self._release(handle, piece.size):
+            self._take_away(piece)
+            raise DriverError("release", "the driver kept a handle; it will be released later")
 
-    def _release(self, handle: Any) -> None:
+    def _release(self, handle: Any, size: int) -> bool:
         try:
             self.driver.release(handle)
         except DriverError as error:
-            logger.warning("kvcached: a memory handle could not be released: %s", error)
+            logger.warning("kvcached: a handle could not be released, will try again: %s", error)
+            self._unreleased.append((handle, size))
+            return False
+        return True
 
     def _take_away(self, piece: Piece) -> None:
         try:
@@ -137,6 +148,11 @@ class Arena:
             self._stray[piece.offset] = piece.size
 
     def _sweep(self) -> None:
+        if not self._stray and not self._unreleased:
+            return
+        unreleased, self._unreleased = self._unreleased, []
+        for handle, size in unreleased:
+            self._release(handle, size)
         strays, self._stray = self._stray, {}
         for piece in strays.items():
             self._take_away(Piece(*piece))

@@ -34,27 +34,34 @@ class CudaDriver:
         self._cu_unmap, self._cu_release = cuda.cuMemUnmap, cuda.cuMemRelease
         self._entered = threading.local()
         try:
-            self._call("cuInit", 0)
-            self._gpu = self._call("cuDeviceGet", ordinal)
+            self._open(ordinal)
         except (DriverError, RuntimeError) as error:
             raise DeviceUnsupported(
-                f"GPU {ordinal} cannot be used ({error}) Check that the NVIDIA driver is installed "
-                "and that CUDA_VISIBLE_DEVICES names a GPU of this machine."
+                f"GPU {ordinal} cannot be used: {str(error).rstrip('.')}; check that the NVIDIA "
+                "driver is installed and that CUDA_VISIBLE_DEVICES names a GPU of this machine."
             ) from error
+
+    def _open(self, ordinal: int) -> None:
+        cuda = self._cuda
+        self._call("cuInit", 0)
+        self._gpu = self._call("cuDeviceGet", ordinal)
         attribute = cuda.CUdevice_attribute
         capability = (
             self._attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
             self._attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
         )
-        supported = attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
-        if capability < MINIMUM_CAPABILITY or not self._attribute(supported):
+        if capability < MINIMUM_CAPABILITY:
             raise DeviceUnsupported(
                 f"GPU {ordinal} has compute capability {capability[0]}.{capability[1]}; an elastic "
                 "KV cache needs an Ampere GPU (8.0) or newer; unset ENABLE_KVCACHED to run it."
             )
-        self.device = (
-            f"GPU-{uuid.UUID(bytes=bytes(self._call('cuDeviceGetUuid', self._gpu).bytes))}"
-        )
+        if not self._attribute(attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED):
+            raise DeviceUnsupported(
+                f"GPU {ordinal} or its driver cannot map virtual memory, which an elastic KV cache "
+                "needs; unset ENABLE_KVCACHED to run it."
+            )
+        number = uuid.UUID(bytes=bytes(self._call("cuDeviceGetUuid", self._gpu).bytes))
+        self.device = f"GPU-{number}"
         self._context = self._call("cuDevicePrimaryCtxRetain", self._gpu)
         location = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         self._properties = cuda.CUmemAllocationProp()

@@ -81,13 +81,14 @@ class Quarantine:
 
     def take(self, overdue_step: int) -> list[int]:
         """Take out the extents that are quiet, waiting for those ordered up to ``overdue_step``."""
-        quiet: list[int] = []
-        while self._waiting:
-            step, mark, extents = self._waiting[0]
+        passed = 0
+        for step, mark, _ in self._waiting:
             if step <= overdue_step:
                 mark.synchronize()
             elif not mark.query():
                 break
-            self._waiting.popleft()
-            quiet += extents
+            passed += 1
+        quiet: list[int] = []
+        for _ in range(passed):
+            quiet += self._waiting.popleft()[2]
         return quiet

@@ -7,6 +7,7 @@ pages at their own offset into the range, so that neighbours merge into one kern
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import ctypes
 import itertools
@@ -71,13 +72,14 @@ class HostDriver:
     device = "host"
 
     def __init__(self, capacity_bytes: int | None = None, granularity: int = GRANULARITY) -> None:
-        if granularity % mmap.PAGESIZE or granularity & (granularity - 1):
+        if granularity <= 0 or granularity % mmap.PAGESIZE or granularity & (granularity - 1):
             raise ValueError(f"granularity {granularity} is not a power of two of whole pages")
         self.granularity = granularity
         self._capacity = capacity_bytes
         self._ranges: dict[int, _Range] = {}
         self._memories: dict[int, _Memory] = {}
         self._mapped: dict[int, _Memory] = {}
+        self._starts: list[int] = []
         self._numbers = itertools.count(1)
         self._allocated = 0
         self._lock = threading.Lock()
@@ -95,13 +97,15 @@ class HostDriver:
         for start, end in ((raw, address), (address + size, raw + spare)):
             if end > start:
                 _libc.munmap(start, end - start)
-        fd = os.memfd_create("kvcached-arena", os.MFD_CLOEXEC)
+        fd = -1
         try:
+            fd = os.memfd_create("kvcached-arena", os.MFD_CLOEXEC)
             os.ftruncate(fd, size)
         except OSError as error:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
             _libc.munmap(address, size)
-            raise DriverError("ftruncate", str(error)) from error
+            raise DriverError("memfd", str(error)) from error
         with self._lock:
             self._ranges[address] = _Range(address, size, fd)
         return address
@@ -119,9 +123,9 @@ class HostDriver:
 
     def create(self, size: int) -> int:
         self._aligned("create", size)
-        if self.memory().free_bytes < size:
-            raise OutOfMemory("create", f"no {size} bytes of host memory are free")
         with self._lock:
+            if self.memory().free_bytes < size:
+                raise OutOfMemory("create", f"no {size} bytes of host memory are free")
             handle = next(self._numbers)
             self._memories[handle] = _Memory(size)
             self._allocated += size
@@ -133,12 +137,13 @@ class HostDriver:
             memory = self._memories.get(handle)
             if memory is None or memory.size != size:
                 raise DriverError("map", "no handle of this size")
-            if memory.address is not None or address in self._mapped:
+            if memory.address is not None or self._overlaps(address, size):
                 raise DriverError("map", "the handle or the address is mapped already")
             where = self._range(address, size)
             self._mmap(address, size, _PROT_NONE, where.fd, address - where.address)
             memory.address = address
             self._mapped[address] = memory
+            bisect.insort(self._starts, address)
 
     def allow(self, address: int, size: int) -> None:
         self._aligned("allow", address, size)
@@ -157,10 +162,13 @@ class HostDriver:
             if memory is None or memory.size != size:
                 raise DriverError("unmap", "not one whole mapping")
             where = self._range(address, size)
+            offset = address - where.address
+            if _libc.fallocate(where.fd, _FALLOC_KEEP_SIZE_PUNCH_HOLE, offset, size):
+                raise DriverError("fallocate", os.strerror(ctypes.get_errno()))
             self._mmap(address, size, _PROT_NONE, -1, 0)
-            _libc.fallocate(where.fd, _FALLOC_KEEP_SIZE_PUNCH_HOLE, address - where.address, size)
             memory.address = None
             del self._mapped[address]
+            del self._starts[bisect.bisect_left(self._starts, address)]
             self._forget_if_unused(memory)
 
     def release(self, handle: int) -> None:
@@ -185,6 +193,13 @@ class HostDriver:
     def _forget_if_unused(self, memory: _Memory) -> None:
         if not memory.held and memory.address is None:
             self._allocated -= memory.size
+
+    def _overlaps(self, address: int, size: int) -> bool:
+        after = bisect.bisect_left(self._starts, address + size)
+        if not after:
+            return False
+        before = self._starts[after - 1]
+        return before + self._mapped[before].size > address
 
     def _range(self, address: int, size: int) -> _Range:
         for found in self._ranges.values():

@@ -1,19 +1,16 @@
 """The ledger: one small mapped file per device, in which engines agree on who may use how much.
 
 An engine joins with an ``Account``. It reserves bytes before it commits memory, so that the sum of
-what is reserved and committed never exceeds the budget, whatever the interleaving. The kernel
-arbitrates: a lock on the header serialises grants, a lock on each record shows that its owner is
-alive, and both vanish with the process that held them. They are open-file-description locks: they
-work across containers that share the folder, and a recycled process id cannot hold one.
+what is reserved and committed never exceeds the budget, whatever the interleaving. A lock on the
+header serialises grants; a lock on each record shows that its owner is alive. Both vanish with the
+process that held them, and with them whatever it had: a record whose lock is free is collected by
+whoever looks next.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import mmap
 import os
-import stat
 import struct
 import threading
 import time
@@ -24,6 +21,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvcached_vmm.errors import LedgerError
+from kvcached_vmm.locks import (
+    FileMutex,
+    is_locked,
+    open_private,
+    private_directory,
+    try_lock,
+    unlock,
+)
 from kvcached_vmm.units import format_size
 
 _MAGIC = b"KVLEDGER"
@@ -31,22 +36,37 @@ _VERSION = 1
 _SLOTS = 256
 _HEADER = struct.Struct("<8sIIqII")
 """Magic, version, slots, budget in bytes, whether a user set it, records ever used."""
-_HEADER_SIZE = 256
-_RECORD_SIZE = 256
-_IDENTITY = struct.Struct("<qd64sqqd")
-"""Process id, time of joining, name, minimum, maximum, weight. Process id 0: a free record."""
-_IDENTITY_AT = 0
+_RECORD = struct.Struct("<qd64sqqdqqqqqqd")
+"""See ``_Record``. Process id 0: nobody's."""
 _USE = struct.Struct("<qqqqqqd")
-"""Committed, reserved, fixed, live, cached, wanted bytes; waiting since (0: not waiting)."""
-_USE_AT = 128
-_SIZE = _HEADER_SIZE + _SLOTS * _RECORD_SIZE
-_FLOCK = struct.Struct("hhqqi4x")
-_UNLIMITED = 1 << 62
+_USE_AT = _RECORD.size - _USE.size
+_SPACE = 256
+"""Bytes of the header and of each record, with room to grow."""
+_SIZE = _SPACE * (1 + _SLOTS)
+_NO_LIMIT = 1 << 62
+
+
+class _Record(NamedTuple):
+    pid: int
+    joined: float
+    name: bytes
+    minimum: int
+    maximum: int
+    weight: float
+    committed: int
+    reserved: int
+    fixed: int
+    live: int
+    cached: int
+    wanted: int
+    waiting_since: float
 
 
 @dataclass(frozen=True)
 class AccountView:
-    """One engine in the ledger; sizes in bytes, ``waiting_since`` in seconds since the epoch."""
+    """One engine in the ledger; sizes in bytes, times in seconds since the epoch.
+
+    ``waiting_since`` is 0 while ``wanted_bytes`` is."""
 
     name: str
     pid: int
@@ -73,31 +93,12 @@ class LedgerView:
 
     @property
     def used_bytes(self) -> int:
-        """What is committed, reserved or fixed."""
-        return sum(a.committed_bytes + a.reserved_bytes + a.fixed_bytes for a in self.accounts)
-
-
-class _Identity(NamedTuple):
-    pid: int
-    joined: float
-    name: bytes
-    minimum: int
-    maximum: int
-    weight: float
-
-
-class _Use(NamedTuple):
-    committed: int
-    reserved: int
-    fixed: int
-    live: int
-    cached: int
-    wanted: int
-    waiting_since: float
+        """What is committed or reserved, by all."""
+        return sum(account.committed_bytes + account.reserved_bytes for account in self.accounts)
 
 
 class Ledger:
-    """The ledger of one device. Open it once per account: locks belong to the open file.
+    """The ledger of one device. An open ledger serves one account: locks belong to the open file.
 
     Safe to use from several threads.
     """
@@ -106,7 +107,8 @@ class Ledger:
         self.device = device
         self._fd = fd
         self._map = mmap.mmap(fd, _SIZE)
-        self._mutex = threading.Lock()
+        self._threads = threading.Lock()
+        self._processes = FileMutex(fd)
         self._own: int | None = None
         _open_ledgers.add(self)
 
@@ -118,47 +120,29 @@ class Ledger:
             LedgerError: the directory or file is not ours alone, or is not a ledger we understand.
         """
         path = private_directory(directory) / f"{device}.ledger"
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = open_private(path)
         try:
-            fd = os.open(path, flags, 0o600)
-        except OSError as error:
-            raise LedgerError(
-                f"The ledger {path} cannot be opened: {error.strerror}; "
-                "point KVCACHED_DIR at a folder of your own."
-            ) from error
-        try:
-            _own(path, os.fstat(fd), 0o077, links=1)
-            with _locked(fd):
-                size = os.fstat(fd).st_size
-                if size == 0:
-                    os.ftruncate(fd, _SIZE)
-                    os.pwrite(fd, _HEADER.pack(_MAGIC, _VERSION, _SLOTS, 0, 0, 0), 0)
-                head = os.pread(fd, _HEADER.size, 0)
-                known = len(head) == _HEADER.size and _HEADER.unpack(head)[:3]
-                if known != (_MAGIC, _VERSION, _SLOTS) or size not in (0, _SIZE):
-                    raise LedgerError(
-                        f"{path} is not a ledger that this version understands; stop the engines "
-                        "that use it and delete it, or set KVCACHED_DIR to another folder."
-                    )
+            with FileMutex(fd):
+                _make_or_check(path, fd)
             return cls(device, fd)
+        except OSError as error:
+            os.close(fd)
+            raise LedgerError(f"The ledger {path} cannot be used: {error.strerror}.") from error
         except BaseException:
             os.close(fd)
             raise
 
     def close(self) -> None:
         """Close the file; an account that was opened on it ends, and its bytes are free."""
-        with self._mutex:
-            if self._fd >= 0:
-                self._map.close()
-                os.close(self._fd)
-                self._fd = -1
+        with self._threads:
+            self._close()
 
     def snapshot(self) -> LedgerView:
         """Who is there and what they use. Records of dead processes are collected on the way."""
-        with self._exclusive():
+        with self._threads, self._processes:
             self._collect()
-            accounts = tuple(self._view(slot) for slot in self._used())
-            return LedgerView(self.device, self._budget(), accounts)
+            accounts = tuple(_view(self._record(slot)) for slot in self._used())
+            return LedgerView(self.device, self._header()[3], accounts)
 
     def join(
         self,
@@ -182,102 +166,64 @@ class Ledger:
         Raises:
             LedgerError: full, another budget in use, or the minimum is not to be had.
         """
-        maximum = _UNLIMITED if maximum_bytes is None else maximum_bytes
-        if self._own is not None:
-            raise ValueError("an open ledger serves one account")
-        with self._exclusive():
+        with self._threads, self._processes:
+            if self._own is not None:
+                raise ValueError("an open ledger serves one account")
             self._collect()
             used = list(self._used())
-            budget = self._budget()
+            budget = self._header()[3]
             if not used:
                 budget = budget_bytes or default_budget_bytes
-                self._set_budget(budget, budget_bytes is not None)
+                self._map[16:28] = struct.pack("<qI", budget, budget_bytes is not None)
             elif budget_bytes is not None and budget_bytes != budget:
                 raise LedgerError(
                     f"KVCACHED_BUDGET is {format_size(budget_bytes)}, but engines that run on "
                     f"{self.device} share {format_size(budget)}; use that value or stop them first."
                 )
-            promised = sum(self._identity(slot).minimum for slot in used)
+            promised = sum(self._record(slot).minimum for slot in used)
             if promised + minimum_bytes > budget:
                 raise LedgerError(
                     f"KVCACHED_MIN of {format_size(minimum_bytes)} cannot be guaranteed: "
                     f"{format_size(promised)} of the budget of {format_size(budget)} on "
                     f"{self.device} are promised to other engines; lower it."
                 )
-            slot = next((slot for slot in range(_SLOTS) if not self._identity(slot).pid), None)
+            free = (slot for slot in range(_SLOTS) if not self._record(slot).pid)
+            slot = next((slot for slot in free if try_lock(self._fd, 1 + slot)), None)
             if slot is None:
                 raise LedgerError(f"The ledger of {self.device} is full: {_SLOTS} engines use it.")
-            if not _try_lock(self._fd, 1 + slot):
-                raise LedgerError(
-                    f"A record in the ledger of {self.device} is locked by a stranger."
-                )
-            at = self._at(slot)
-            _USE.pack_into(self._map, at + _USE_AT, 0, 0, 0, 0, 0, 0, 0.0)
-            label = name.encode()[:63]
-            _IDENTITY.pack_into(
-                self._map, at, os.getpid(), time.time(), label, minimum_bytes, maximum, weight
-            )
-            self._set_records(max(self._records(), slot + 1))
+            maximum = _NO_LIMIT if maximum_bytes is None else maximum_bytes
+            label = name.encode(errors="replace")[:63]
+            who = (os.getpid(), time.time(), label, minimum_bytes, maximum, weight)
+            _RECORD.pack_into(self._map, _SPACE * (1 + slot), *who, 0, 0, 0, 0, 0, 0, 0.0)
+            self._map[28:32] = struct.pack("<I", max(self._header()[5], slot + 1))
             self._own = slot
             return Account(self, slot)
 
-    def _at(self, slot: int) -> int:
-        return _HEADER_SIZE + slot * _RECORD_SIZE
+    def _header(self) -> tuple[bytes, int, int, int, int, int]:
+        return _HEADER.unpack_from(self._map)
 
-    def _identity(self, slot: int) -> _Identity:
-        return _Identity(*_IDENTITY.unpack_from(self._map, self._at(slot)))
-
-    def _use(self, slot: int) -> _Use:
-        return _Use(*_USE.unpack_from(self._map, self._at(slot) + _USE_AT))
-
-    def _records(self) -> int:
-        return int(_HEADER.unpack_from(self._map)[5])
-
-    def _set_records(self, records: int) -> None:
-        self._map[28:32] = struct.pack("<I", records)
-
-    def _budget(self) -> int:
-        return int(_HEADER.unpack_from(self._map)[3])
-
-    def _set_budget(self, budget: int, by_user: bool) -> None:
-        self._map[16:28] = struct.pack("<qI", budget, by_user)
-
-    def _counts_fixed(self) -> bool:
-        """A user's budget is for KV alone; the default one is the device, weights included."""
-        return not _HEADER.unpack_from(self._map)[4]
+    def _record(self, slot: int) -> _Record:
+        return _Record._make(_RECORD.unpack_from(self._map, _SPACE * (1 + slot)))
 
     def _used(self) -> Iterator[int]:
-        return (slot for slot in range(self._records()) if self._identity(slot).pid)
+        records = range(min(self._header()[5], _SLOTS))
+        return (slot for slot in records if self._record(slot).pid)
 
     def _collect(self) -> None:
         """Free the records whose owners are gone: nobody holds their lock."""
         for slot in self._used():
-            if slot != self._own and not _is_locked(self._fd, 1 + slot):
-                at = self._at(slot)
-                self._map[at : at + _RECORD_SIZE] = bytes(_RECORD_SIZE)
+            if slot != self._own and not is_locked(self._fd, 1 + slot):
+                self._erase(slot)
 
-    def _view(self, slot: int) -> AccountView:
-        who, use = self._identity(slot), self._use(slot)
-        return AccountView(
-            name=who.name.rstrip(b"\0").decode(errors="replace"),
-            pid=who.pid,
-            joined=who.joined,
-            minimum_bytes=who.minimum,
-            maximum_bytes=who.maximum,
-            weight=who.weight,
-            committed_bytes=use.committed,
-            reserved_bytes=use.reserved,
-            fixed_bytes=use.fixed,
-            live_bytes=use.live,
-            cached_bytes=use.cached,
-            wanted_bytes=use.wanted,
-            waiting_since=use.waiting_since,
-        )
+    def _erase(self, slot: int) -> None:
+        at = _SPACE * (1 + slot)
+        self._map[at : at + _SPACE] = bytes(_SPACE)
 
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        with self._mutex, _locked(self._fd):
-            yield
+    def _close(self) -> None:
+        if self._fd >= 0:
+            self._map.close()
+            os.close(self._fd)
+            self._fd = -1
 
 
 class Account:
@@ -286,53 +232,45 @@ class Account:
     def __init__(self, ledger: Ledger, slot: int) -> None:
         self._ledger = ledger
         self._slot = slot
-        self._at = ledger._at(slot) + _USE_AT
+        self._at = _SPACE * (1 + slot) + _USE_AT
 
     @property
     def budget_bytes(self) -> int:
         """What all engines on the device may use together."""
-        return self._ledger._budget()
+        return self._ledger._header()[3]
 
     @property
     def limit_bytes(self) -> int:
         """What this engine may use when it is alone."""
-        return min(self._ledger._identity(self._slot).maximum, self._ledger._budget())
+        return min(self._ledger._record(self._slot).maximum, self.budget_bytes)
 
-    def reserve(self, wanted_bytes: int, unit_bytes: int = 1, free_bytes: int = _UNLIMITED) -> int:
+    def reserve(self, wanted_bytes: int, unit_bytes: int = 1, free_bytes: int = _NO_LIMIT) -> int:
         """Grant up to ``wanted_bytes``, in whole units, from what nobody uses or was promised.
 
         Args:
             wanted_bytes: how much is wanted.
             unit_bytes: grants are multiples of this.
-            free_bytes: what the driver says is really free on the device.
+            free_bytes: what the driver says is free, whoever else may be on the device.
 
         Returns:
             Bytes granted, maybe 0. They count as used until committed or cancelled.
         """
         ledger = self._ledger
-        with ledger._exclusive():
+        with ledger._threads, ledger._processes:
             grant = self._grant(wanted_bytes, unit_bytes, free_bytes)
             if grant < wanted_bytes:
                 ledger._collect()
                 grant = self._grant(wanted_bytes, unit_bytes, free_bytes)
-            use = ledger._use(self._slot)
-            wanted = wanted_bytes - grant
-            since = (use.waiting_since or time.time()) if wanted else 0.0
-            self._write(
-                use._replace(reserved=use.reserved + grant, wanted=wanted, waiting_since=since)
-            )
+            if grant:
+                self._add(reserved=grant)
             return grant
 
     def commit(self, granted_bytes: int, used_bytes: int) -> None:
         """Turn ``granted_bytes`` of grants into ``used_bytes`` of memory; give the rest back."""
-        with self._ledger._exclusive():
-            use = self._ledger._use(self._slot)
-            assert used_bytes <= granted_bytes <= use.reserved
-            self._write(
-                use._replace(
-                    committed=use.committed + used_bytes, reserved=use.reserved - granted_bytes
-                )
-            )
+        assert used_bytes <= granted_bytes
+        ledger = self._ledger
+        with ledger._threads, ledger._processes:
+            self._add(committed=used_bytes, reserved=-granted_bytes)
 
     def cancel(self, granted_bytes: int) -> None:
         """Give grants back unused."""
@@ -340,125 +278,114 @@ class Account:
 
     def release(self, used_bytes: int) -> None:
         """Memory is no longer in use."""
-        with self._ledger._exclusive():
-            use = self._ledger._use(self._slot)
-            assert used_bytes <= use.committed
-            self._write(use._replace(committed=use.committed - used_bytes))
+        ledger = self._ledger
+        with ledger._threads, ledger._processes:
+            self._add(committed=-used_bytes)
 
-    def report(self, live_bytes: int, cached_bytes: int) -> None:
-        """Tell the others what the committed bytes are good for."""
-        with self._ledger._exclusive():
-            use = self._ledger._use(self._slot)
-            self._write(use._replace(live=live_bytes, cached=cached_bytes))
+    def report(self, live_bytes: int, cached_bytes: int, wanted_bytes: int = 0) -> None:
+        """Tell the others what the committed bytes are good for, and how many more we need."""
+        ledger = self._ledger
+        with ledger._threads, ledger._processes:
+            use = list(_USE.unpack_from(ledger._map, self._at))
+            use[3:6] = live_bytes, cached_bytes, wanted_bytes
+            use[6] = (use[6] or time.time()) if wanted_bytes else 0.0
+            _USE.pack_into(ledger._map, self._at, *use)
 
     def fix(self, fixed_bytes: int) -> None:
         """Tell the others how much of the budget weights and activations take, for good."""
-        with self._ledger._exclusive():
-            self._write(self._ledger._use(self._slot)._replace(fixed=fixed_bytes))
+        ledger = self._ledger
+        with ledger._threads, ledger._processes:
+            use = list(_USE.unpack_from(ledger._map, self._at))
+            use[2] = fixed_bytes
+            _USE.pack_into(ledger._map, self._at, *use)
+
+    def wanted_by_others(self) -> int:
+        """Bytes that other engines need and do not get. Reads without the lock, so that it may be
+        asked often."""
+        ledger = self._ledger
+        return sum(ledger._record(slot).wanted for slot in ledger._used() if slot != self._slot)
 
     def view(self) -> LedgerView:
         """The whole ledger, now."""
         return self._ledger.snapshot()
 
     def close(self) -> None:
-        """Leave the ledger."""
+        """Leave the ledger. May be called again."""
         ledger = self._ledger
-        with ledger._exclusive():
-            at = ledger._at(self._slot)
-            ledger._map[at : at + _RECORD_SIZE] = bytes(_RECORD_SIZE)
-        ledger.close()
+        with ledger._threads:
+            if ledger._fd >= 0:
+                with ledger._processes:
+                    ledger._erase(self._slot)
+                    unlock(ledger._fd, 1 + self._slot)
+                ledger._close()
 
-    def _write(self, use: _Use) -> None:
-        _USE.pack_into(self._ledger._map, self._at, *use)
+    def _add(self, committed: int = 0, reserved: int = 0) -> None:
+        ledger = self._ledger
+        had_committed, had_reserved, *rest = _USE.unpack_from(ledger._map, self._at)
+        committed += had_committed
+        reserved += had_reserved
+        assert committed >= 0
+        assert reserved >= 0
+        _USE.pack_into(ledger._map, self._at, committed, reserved, *rest)
 
     def _grant(self, wanted: int, unit: int, free: int) -> int:
         ledger = self._ledger
-        others = own = reserved = 0
-        counts_fixed = ledger._counts_fixed()
+        _, _, _, budget, set_by_user, _ = ledger._header()
+        others = own = maximum = 0
         for slot in ledger._used():
-            use = ledger._use(slot)
-            used = use.committed + use.reserved
-            reserved += use.reserved
-            if counts_fixed:
-                others += use.fixed
+            record = ledger._record(slot)
+            free -= record.reserved
+            if not set_by_user:
+                others += record.fixed
             if slot == self._slot:
-                own = used
+                own, maximum = record.committed + record.reserved, record.maximum
             else:
-                others += max(used, ledger._identity(slot).minimum)
-        maximum = ledger._identity(self._slot).maximum
-        room = min(ledger._budget() - others, maximum) - own
-        room = min(room, wanted, free - reserved)
+                others += max(record.committed + record.reserved, record.minimum)
+        room = min(budget - others - own, maximum - own, wanted, free)
         return max(0, room // unit * unit)
 
 
-def private_directory(directory: str | Path) -> Path:
-    """``directory``, made if need be, which nobody but its owner can enter.
-
-    Raises:
-        LedgerError: it cannot be made, or it belongs to somebody else or is open to others.
-    """
-    path = Path(directory)
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _own(path, os.stat(path, follow_symlinks=False), 0o077)
-    except OSError as error:
+def _make_or_check(path: Path, fd: int) -> None:
+    size = os.fstat(fd).st_size
+    head = os.pread(fd, _HEADER.size, 0).ljust(_HEADER.size, b"\0")
+    if size in (0, _SIZE) and not any(head):
+        os.ftruncate(fd, _SIZE)
+        os.pwrite(fd, _HEADER.pack(_MAGIC, _VERSION, _SLOTS, 0, 0, 0), 0)
+        return
+    magic, version, slots, budget, _, records = _HEADER.unpack(head)
+    known = (magic, version, slots, size) == (_MAGIC, _VERSION, _SLOTS, _SIZE)
+    if not known or records > _SLOTS or budget < 0:
         raise LedgerError(
-            f"The folder {path} cannot be used for the ledger: {error.strerror}; "
-            "point KVCACHED_DIR at a folder of your own."
-        ) from error
-    return path
-
-
-def _own(path: Path, status: os.stat_result, forbidden: int, links: int | None = None) -> None:
-    ours = status.st_uid == os.geteuid() and not status.st_mode & forbidden
-    plain = stat.S_ISDIR(status.st_mode) if links is None else stat.S_ISREG(status.st_mode)
-    if not (ours and plain and links in (None, status.st_nlink)):
-        raise LedgerError(
-            f"{path} is not private: it must be a {'plain file' if links else 'folder'} of the one "
-            f"who runs the engine, with no rights for others (mode {'0600' if links else '0700'}); "
-            "mend it or point KVCACHED_DIR at a folder of your own."
+            f"{path} is not a ledger that this version understands; stop the engines that use it "
+            "and delete it, or set KVCACHED_DIR to another folder."
         )
 
 
-def _flock(kind: int, byte: int) -> bytes:
-    return _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
-
-
-_LOCK_HEADER = _flock(fcntl.F_WRLCK, 0)
-_UNLOCK_HEADER = _flock(fcntl.F_UNLCK, 0)
-
-
-@contextlib.contextmanager
-def _locked(fd: int) -> Iterator[None]:
-    fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _LOCK_HEADER)
-    try:
-        yield
-    finally:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _UNLOCK_HEADER)
-
-
-def _try_lock(fd: int, byte: int) -> bool:
-    try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, byte))
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_locked(fd: int, byte: int) -> bool:
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
-    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+def _view(record: _Record) -> AccountView:
+    return AccountView(
+        name=record.name.rstrip(b"\0").decode(errors="replace"),
+        pid=record.pid,
+        joined=record.joined,
+        minimum_bytes=record.minimum,
+        maximum_bytes=record.maximum,
+        weight=record.weight,
+        committed_bytes=record.committed,
+        reserved_bytes=record.reserved,
+        fixed_bytes=record.fixed,
+        live_bytes=record.live,
+        cached_bytes=record.cached,
+        wanted_bytes=record.wanted,
+        waiting_since=record.waiting_since,
+    )
 
 
 _open_ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    """A child that inherits the file would keep its parent's record alive."""
+    """A child that inherits the open file would keep its parent's record alive."""
     for ledger in list(_open_ledgers):
-        if ledger._fd >= 0:
-            os.close(ledger._fd)
-            ledger._fd = -1
+        ledger._close()
 
 
 os.register_at_fork(after_in_child=_close_in_child)

@@ -149,6 +149,7 @@ class ElasticPool(Generic[B]):
         self._credit = 0
         self._credit_blocks = 0
         self._looked = -1.0
+        self._short_blocks = 0
         self.num_free_blocks = 0
         """Blocks that can be handed out now without asking anybody: free, cached, and granted."""
         self.wake()
@@ -255,6 +256,14 @@ class ElasticPool(Generic[B]):
                 short -= max(0, over - cached_hits)
             if short > 0:
                 self._reserve(-(-short // self._span))
+            if count > self.num_free_blocks:
+                self._short_blocks = max(self._short_blocks, count - self.num_free_blocks)
+
+    def take_shortage(self) -> int:
+        """Bytes that the engine asked for and did not get since this was last asked."""
+        with self.lock:
+            short, self._short_blocks = self._short_blocks, 0
+            return -(-short // self._span) * self._unit
 
     def settle(self) -> list[int]:
         """A scheduling round is over: give unused grants back.
@@ -311,17 +320,22 @@ class ElasticPool(Generic[B]):
         then cached ones, oldest first. Live blocks stay. Answer as for ``tick``."""
         with self.lock:
             free_blocks = self._sort()
-            wanted = -(-wanted_bytes // self._unit)
-            spare = len(self._idle)
+            spare = sum(self._own_bytes(extent) for extent in self._idle)
             for extent in list(self._lru):
-                if spare >= wanted:
+                if spare >= wanted_bytes:
                     break
                 if len(extent.cached) + free_blocks.get(extent, 0) == len(extent.blocks):
                     self._forget(extent)
-                    spare += 1
+                    spare += self._own_bytes(extent)
             self._sort()
-            quiet = [extent for extent in self._idle if self._clock.quiet(extent.quiet_step)]
-            return [self._leave(extent) for extent in quiet[:wanted]]
+            leaving: list[int] = []
+            for extent in list(self._idle):
+                if wanted_bytes <= 0:
+                    break
+                if self._clock.quiet(extent.quiet_step):
+                    leaving.append(self._leave(extent))
+                    wanted_bytes -= self._own_bytes(extent)
+            return leaving
 
     def released(self, extents: Iterable[int]) -> None:
         """The memory of ``extents`` is gone."""
@@ -334,6 +348,7 @@ class ElasticPool(Generic[B]):
                 heapq.heappush(self._empty, index)
                 self._footprint.remove(index)
             self._budget.release(before - self._footprint.bytes)
+            self._grant(0)
 
     def forget_all(self) -> None:
         """No cached content is of any use; the engine has forgotten it already."""
@@ -425,6 +440,10 @@ class ElasticPool(Generic[B]):
         self._sorted = True
         return {self._extents[index]: -count for count, index, _ in partly}
 
+    def _own_bytes(self, extent: _Extent[B]) -> int:
+        """Bytes that the driver gets back with ``extent``, whatever its neighbours do."""
+        return sum(piece.size for piece in self.extents.pieces(extent.index)[0])
+
     def _grow(self) -> _Extent[B]:
         extent = self._extents[heapq.heappop(self._empty)]
         before = self._footprint.bytes
@@ -448,6 +467,8 @@ class ElasticPool(Generic[B]):
         blocks = self._credit * self._span
         if self._credit and self._credit == len(self._empty):
             blocks -= self._span - len(self._extents[max(self._empty)].blocks)
+        if self._credit and self._empty[0] == 0:
+            blocks -= 1
         self.num_free_blocks += blocks - self._credit_blocks
         self._credit_blocks = blocks
 
@@ -462,7 +483,7 @@ class ElasticPool(Generic[B]):
         return extent
 
     def _forget(self, extent: _Extent[B], tell: bool = True) -> None:
-        """Make the cached blocks of ``extent`` free; it has been out of use since ``used_at``."""
+        """Make the cached blocks of ``extent`` free."""
         blocks = list(extent.cached.values())
         if tell:
             self._evict(blocks)
@@ -470,8 +491,7 @@ class ElasticPool(Generic[B]):
         self._cached_blocks -= len(blocks)
         del self._lru[extent]
         if len(blocks) == len(extent.blocks) and extent.index:
-            self._become_idle(extent, extent.used_at)
-            self._idle.move_to_end(extent, last=False)
+            self._become_idle(extent, self._now())
         else:
             self._stack[:0] = blocks
             self._sorted = False

@@ -7,8 +7,10 @@ import re
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
+LARGEST = 1 << 60
+"""No size that people write reaches this; the ledger counts in signed 64-bit numbers."""
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d+)?)\s*(?:([kmgt])i?)?b?\s*", re.IGNORECASE)
 _POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -21,8 +23,11 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a size such as 512MiB or 2GiB")
-    number, power, _, _ = match.groups()
-    return int(float(number) * 1024 ** _POWER[power.lower()])
+    number, power = match.groups(default="")
+    size = int(float(number) * 1024 ** _POWER[power.lower()])
+    if size >= LARGEST:
+        raise ValueError(f"{text!r} is more than any machine has")
+    return size
 
 
 def format_size(size_bytes: int) -> str:

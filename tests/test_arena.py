@@ -323,7 +323,6 @@ def test_a_reservation_that_fails_is_the_callers_to_hear(faulty: FaultyDriver) -
         Arena(faulty, LAYOUTS["block-outermost"])
 
 
-@pytest.mark.xfail(strict=True, reason="core: a handle that release() refused is never tried again")
 @pytest.mark.parametrize("also", ["nothing", "map"])
 def test_a_handle_that_could_not_be_released_is_counted_and_tried_again(also: str) -> None:
     host = HostDriver(capacity_bytes=MIB, granularity=PAGE)
@@ -337,7 +336,6 @@ def test_a_handle_that_could_not_be_released_is_counted_and_tried_again(also: st
     assert host.allocated_bytes == arena.committed_bytes
 
 
-@pytest.mark.xfail(strict=True, reason="core: commit() maps an extent twice")
 def test_an_extent_named_twice_is_committed_once(faulty: FaultyDriver) -> None:
     arena = Arena(faulty, LAYOUTS["block-outermost"])
     arena.commit([1, 1])

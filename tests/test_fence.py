@@ -104,7 +104,6 @@ def test_a_device_that_does_everything_at_once_holds_nothing_back() -> None:
     Passed().synchronize()
 
 
-@pytest.mark.xfail(strict=True, reason="core: take() forgets what it took when a later mark raises")
 def test_a_device_error_loses_no_extent() -> None:
     class Broken(FakeMark):
         def query(self) -> bool:

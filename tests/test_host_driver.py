@@ -156,7 +156,7 @@ def test_wrong_calls_are_refused_and_change_nothing(driver: HostDriver) -> None:
 @pytest.mark.parametrize(
     "granularity",
     [
-        pytest.param(0, marks=pytest.mark.xfail(strict=True, reason="core: 0 is let through")),
+        0,
         1000,
         3 * PAGE,
     ],
@@ -226,7 +226,6 @@ def test_threads_may_use_one_driver(driver: HostDriver) -> None:
     driver.free(base, 4 * 8 * PAGE)
 
 
-@pytest.mark.xfail(strict=True, reason="core: map() looks for a mapping at the same address only")
 def test_memory_cannot_be_mapped_over_a_mapping_that_starts_before() -> None:
     driver = HostDriver(capacity_bytes=MIB, granularity=PAGE)
     base = driver.reserve(2 * PAGE)
@@ -235,7 +234,6 @@ def test_memory_cannot_be_mapped_over_a_mapping_that_starts_before() -> None:
         driver.map(base + PAGE, PAGE, driver.create(PAGE))
 
 
-@pytest.mark.xfail(strict=True, reason="core: create() looks at the capacity outside its lock")
 def test_two_threads_cannot_both_take_the_last_memory() -> None:
     meet = threading.Barrier(2, timeout=0.2)
 
@@ -260,7 +258,6 @@ def test_two_threads_cannot_both_take_the_last_memory() -> None:
     assert driver.allocated_bytes == PAGE
 
 
-@pytest.mark.xfail(strict=True, reason="core: reserve() lets memfd_create's OSError out")
 def test_a_process_without_file_descriptors_gets_a_driver_error() -> None:
     script = (
         "import resource\n"

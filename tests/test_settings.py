@@ -176,25 +176,21 @@ def test_random_text_never_raises_anything_but_a_settings_error(
         assert settings.decay_seconds >= 0 <= settings.cache_seconds
 
 
-@pytest.mark.xfail(strict=True, raises=OverflowError, reason="core: int(inf) in parse_size")
 def test_hundreds_of_digits_are_refused() -> None:
     assert "KVCACHED_BUDGET" in complaint(KVCACHED_BUDGET="9" * 400)
 
 
-@pytest.mark.xfail(strict=True, reason="core: accepted here, struct.error in the ledger later")
 @pytest.mark.parametrize("variable", ["KVCACHED_BUDGET", "KVCACHED_MIN", "KVCACHED_MAX"])
 def test_a_size_that_the_ledger_cannot_hold_is_refused(variable: str) -> None:
     assert variable in complaint(**{variable: "9999999T"})
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="core: expanduser's RuntimeError")
 def test_the_home_of_nobody_is_refused() -> None:
     assert "KVCACHED_DIR='~nobody-of-that-name/kv'" in complaint(
         KVCACHED_DIR="~nobody-of-that-name/kv"
     )
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="core: Path.home() in a container")
 def test_a_user_without_a_home_is_told_to_set_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(_: int) -> None:
         raise KeyError

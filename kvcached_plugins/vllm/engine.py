@@ -28,7 +28,10 @@ IDLE_BATCH = 128
 QUIET_SECONDS = 0.1
 """An engine that has not launched a step for this long does not release memory beside its steps."""
 
-REPORT_SECONDS = 0.1
+ASK_SECONDS = 0.02
+"""How often an engine looks whether another one waits for memory."""
+
+REPORT_SECONDS = 0.05
 """How often the ledger learns what our bytes are good for."""
 
 
@@ -61,9 +64,13 @@ class Shares:
         for account, ranks in self._accounts:
             account.release(used_bytes * ranks)
 
-    def report(self, live_bytes: int, cached_bytes: int) -> None:
+    def report(self, live_bytes: int, cached_bytes: int, wanted_bytes: int) -> None:
         for account, ranks in self._accounts:
-            account.report(live_bytes * ranks, cached_bytes * ranks)
+            account.report(live_bytes * ranks, cached_bytes * ranks, wanted_bytes * ranks)
+
+    def wanted_by_others(self) -> int:
+        """Bytes of each worker that would help other engines out."""
+        return max(-(-account.wanted_by_others() // ranks) for account, ranks in self._accounts)
 
     def limit_bytes(self) -> int:
         """What each worker could have if no other engine were there."""
@@ -117,7 +124,8 @@ class Steward:
             ),
         )
         self._leaving: deque[tuple[int, Sequence[int]]] = deque()
-        self._reported = self._launched_at = 0.0
+        self._reported = self._launched_at = self._asked = 0.0
+        self._waits = False
         self._stopped = threading.Event()
         deadline = time.monotonic() + 60
         while not self.pool.wake():
@@ -142,6 +150,7 @@ class Steward:
         """A step has been scheduled: number it and give it its orders."""
         commit = self.pool.settle()
         release = self.pool.tick()
+        release += self._answer_pressure()
         step = self.clock.launch()
         self._launched_at = time.monotonic()
         scheduler_output.kvcached = Orders(step, tuple(release), tuple(commit))
@@ -168,6 +177,7 @@ class Steward:
                 return
             step = self.clock.launched
             release = self.pool.tick(IDLE_BATCH)
+            release += self._answer_pressure()
             if release:
                 self._leaving.append((step, release))
             if self._leaving or self.clock.finished < step:
@@ -221,12 +231,25 @@ class Steward:
         account.fix(sum(report.fixed_bytes for report in here))
         return account
 
+    def _answer_pressure(self) -> list[int]:
+        """Spare what another engine waits for, unless we wait ourselves."""
+        moment = time.monotonic()
+        if moment - self._asked < ASK_SECONDS or self._waits:
+            return []
+        self._asked = moment
+        wanted = self._budget.wanted_by_others()
+        return self.pool.reclaim(wanted) if wanted else []
+
     def _report(self, now: bool = False) -> None:
         moment = time.monotonic()
         if now or moment - self._reported > REPORT_SECONDS:
             self._reported = moment
             block = self.pool.extents.block_bytes
-            self._budget.report(self.pool.live_blocks * block, self.pool.cached_blocks * block)
+            wanted = self.pool.take_shortage()
+            self._waits = wanted > 0
+            self._budget.report(
+                self.pool.live_blocks * block, self.pool.cached_blocks * block, wanted
+            )
 
     def _run(self) -> None:
         """Wake up now and then, for an idle engine takes no steps.
@@ -235,9 +258,14 @@ class Steward:
         requests; one in this process may be released from here.
         """
         period = min(1.0, max(0.05, self.pool.policy.decay_seconds / 4))
-        while not self._stopped.wait(period):
+        woken = 0.0
+        while not self._stopped.wait(ASK_SECONDS):
+            moment = time.monotonic()
             if not self.pool.has_spare and not self._leaving:
                 continue
+            if moment - woken < period and not self._budget.wanted_by_others():
+                continue
+            woken = moment
             if self._runs_worker:
                 self.idle()
             else:

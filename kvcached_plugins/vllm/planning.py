@@ -7,9 +7,10 @@ from typing import Any
 
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, plan
-from kvcached_plugins.vllm.refusal import Refusal
+from kvcached_plugins.vllm.refusal import Refusal, expect_refusals
 from kvcached_vmm.errors import KVCachedError
 from kvcached_vmm.host_driver import GRANULARITY as HOST_GRANULARITY
+from kvcached_vmm.locks import private_directory
 from kvcached_vmm.units import MIB, format_size
 
 GPU_GRANULARITY = 2 * MIB
@@ -25,6 +26,10 @@ def create_engine_config(
     reason = unsupported(config)
     if reason is not None:
         raise Refusal(f"{reason}; {_TURN_OFF}")
+    try:
+        expect_refusals(private_directory(Settings.read().directory))
+    except KVCachedError as error:
+        raise Refusal(str(error)) from error
     return config
 
 
@@ -40,8 +45,8 @@ def unsupported(config: Any) -> str | None:
         ),
         (
             config.kv_transfer_config is not None,
-            "a KV connector or KV offloading registers the whole KV buffer, which needs all of its "
-            "memory",
+            f"KV connector {getattr(config.kv_transfer_config, 'kv_connector', '')} (KV "
+            "offloading is one too) may register the whole KV buffer, which needs all of its memory",
         ),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not supported"),
         (

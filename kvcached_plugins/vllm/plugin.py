@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kvcached_plugins import contract, settings
-from kvcached_plugins.vllm.refusal import Refusal
-from kvcached_vmm.errors import KVCachedError
+from kvcached_plugins import OFF, TOGGLE
 
 
 class Patch(NamedTuple):
@@ -31,6 +30,7 @@ class Patch(NamedTuple):
 
 PATCHES = (
     Patch("vllm.engine.arg_utils:EngineArgs.create_engine_config", "planning:create_engine_config"),
+    Patch("vllm.v1.engine.utils:wait_for_engine_startup", "refusal:wait_for_engine_startup"),
     Patch("vllm.v1.engine.core:resolve_kv_cache_layout", "planning:resolve_kv_cache_layout"),
     Patch("vllm.v1.engine.core:get_kv_cache_configs", "planning:get_kv_cache_configs"),
     Patch("vllm.v1.engine.core:EngineCore._initialize_kv_caches", "engine:initialize_kv_caches"),
@@ -82,13 +82,9 @@ def register() -> None:
     Raises:
         Refusal: the settings or the installed vLLM are not what we can work with.
     """
-    try:
-        if not settings.enabled() or _inspects_a_model():
-            return
-        _set_up_logging(settings.Settings.read())
-        contract.verify("vllm")
-    except KVCachedError as error:
-        raise Refusal(str(error)) from error
+    if os.environ.get(TOGGLE, "").strip().lower() in OFF or _inspects_a_model():
+        return
+    _check()
     from vllm.v1.core import block_pool, kv_cache_coordinator
 
     from kvcached_plugins.vllm.pool import ElasticBlockPool
@@ -96,6 +92,21 @@ def register() -> None:
     if kv_cache_coordinator.BlockPool is block_pool.BlockPool:
         kv_cache_coordinator.BlockPool = ElasticBlockPool
     apply(PATCHES)
+
+
+def _check() -> None:
+    from kvcached_plugins import contract, settings
+    from kvcached_plugins.vllm.refusal import Refusal
+    from kvcached_vmm.errors import KVCachedError
+
+    try:
+        settings.enabled()
+        read = settings.Settings.read()
+        contract.verify("vllm")
+    except KVCachedError as error:
+        raise Refusal(str(error)) from error
+    logging.getLogger("vllm.kvcached").setLevel(read.log_level)
+    logging.getLogger("kvcached_vmm").parent = logging.getLogger("vllm.kvcached")
 
 
 def apply(patches: tuple[Patch, ...]) -> None:
@@ -146,8 +157,3 @@ def _inspects_a_model() -> bool:
     """vLLM looks at model classes in a short-lived process of its own, which has no KV cache."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return getattr(spec, "name", None) == "vllm.model_executor.models.registry"
-
-
-def _set_up_logging(read: settings.Settings) -> None:
-    logging.getLogger("vllm.kvcached").setLevel(read.log_level)
-    logging.getLogger("kvcached_vmm").parent = logging.getLogger("vllm.kvcached")
