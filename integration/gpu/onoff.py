@@ -114,7 +114,8 @@ class InProcess:
             extra |= {"KVCACHED_DIR": str(folder / "ledger"), **o.plugin_env}
         if "bi" in name.split("-"):
             extra["VLLM_BATCH_INVARIANT"] = "1"
-        self.env = environment(self.elastic, extra, o.cache / kind_of_arm)
+        cache = o.cache / (kind_of_arm if o.own_caches else "shared")
+        self.env = environment(self.elastic, extra, cache)
         self.ledger: Json = {}
         self._seen = 0
 

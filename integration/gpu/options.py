@@ -124,7 +124,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--tail-s", type=float, default=7.0, help="from the last arrival of a run to its end")
     add("--port", type=int, default=18080)
     add("--work", type=Path, default=Path("/tmp"), help="logs and intermediate files")
-    add("--cache", type=Path, default=Path("/tmp/k/cache"), help="compile caches, one per arm")
+    add("--cache", type=Path, default=Path("/tmp/k/cache"), help="compile caches")
+    add("--own-caches", action="store_true", help="a compile cache per arm: other kernels, maybe")
     chosen = parser.parse_args(words)
     if chosen.quick or chosen.selftest:
         parser.set_defaults(**(SELFTEST if chosen.selftest else QUICK))

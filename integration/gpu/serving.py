@@ -93,7 +93,7 @@ class Arm:
         """
         options = self._options
         before = self._sampler.used_bytes()
-        env = environment(self._elastic, options["env"], options["cache"] / self.name)
+        env = environment(self._elastic, options["env"], options["cache"] / "shared")
         if self._elastic:
             env |= {"KVCACHED_DIR": str(self.folder / "ledger"), **options["plugin_env"]}
         server = Child(options["serve_command"], self.log, env)

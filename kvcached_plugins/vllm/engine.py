@@ -18,7 +18,7 @@ from kvcached_vmm.errors import EngineUnsupported, KVCachedError
 from kvcached_vmm.fence import StepClock
 from kvcached_vmm.ledger import Account, Ledger
 from kvcached_vmm.pool import Policy
-from kvcached_vmm.units import format_size
+from kvcached_vmm.units import LARGEST, format_size
 
 logger = logging.getLogger("vllm.kvcached")
 
@@ -41,13 +41,17 @@ class Shares:
     Every worker commits the same extents, so a grant counts once per worker on each device.
     """
 
-    def __init__(self, accounts: Sequence[tuple[Account, int]]) -> None:
+    def __init__(
+        self, accounts: Sequence[tuple[Account, int]], free_bytes: Callable[[], int] | None = None
+    ) -> None:
         self._accounts = accounts
+        self._free_bytes = free_bytes
 
     def reserve(self, wanted_bytes: int, unit_bytes: int) -> int:
         granted = wanted_bytes
+        free = LARGEST if self._free_bytes is None else self._free_bytes()
         for index, (account, ranks) in enumerate(self._accounts):
-            given = account.reserve(granted * ranks, unit_bytes * ranks) // ranks
+            given = account.reserve(granted * ranks, unit_bytes * ranks, free) // ranks
             for earlier, of in self._accounts[:index]:
                 earlier.cancel((granted - given) * of)
             granted = given
@@ -97,7 +101,8 @@ class Steward:
             [
                 (self._join(settings, name, device, reports), ranks)
                 for device, ranks in Counter(report.device for report in reports).items()
-            ]
+            ],
+            self._driver_free_bytes() if self._runs_worker else None,
         )
         manager = scheduler.kv_cache_manager
         block_pool: ElasticBlockPool = manager.block_pool
@@ -211,6 +216,11 @@ class Steward:
         if not self._stopped.is_set():
             self._stopped.set()
             self._budget.close()
+
+    def _driver_free_bytes(self) -> Callable[[], int]:
+        """A foreign process on the device shrinks what we may grant, whatever the ledger says."""
+        driver = self._executor.driver_worker.worker.kvcached.driver
+        return lambda: int(driver.memory().free_bytes)
 
     def _confirm(self, step: int) -> None:
         """What was ordered before ``step`` has been released."""

@@ -46,7 +46,7 @@ def unsupported(config: Any) -> str | None:
         (
             config.kv_transfer_config is not None,
             f"KV connector {getattr(config.kv_transfer_config, 'kv_connector', '')} (KV "
-            "offloading is one too) may register the whole KV buffer, which needs all of its memory",
+            "offloading is one too) may register the whole KV buffer, all of it with memory",
         ),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not supported"),
         (
