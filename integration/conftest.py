@@ -7,6 +7,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from integration.engine import BLOCK_TOKENS, MIB, Request, Server, family, generate
+from integration.engine import BLOCK_TOKENS, MIB, Generated, Request, Server, family, generate
 from integration.models import Shape, write_model
 from kvcached_vmm.ledger import Ledger
 
@@ -68,18 +69,25 @@ def requests() -> list[Request]:
 
 
 @pytest.fixture(scope="session")
-def reference(
-    model: Path, requests: list[Request], tmp_path_factory: pytest.TempPathFactory
-) -> list[list[int]]:
-    """The tokens of stock vLLM for `requests`."""
-    folder = tmp_path_factory.mktemp("reference")
-    return generate(model, requests, folder, kv_cache_memory_bytes=256 * MIB).tokens
+def lanes() -> Iterator[Executor]:
+    """Runs what is submitted two at a time: every engine here computes with one thread."""
+    with ThreadPoolExecutor(2) as executor:
+        yield executor
+
+
+@pytest.fixture(scope="session")
+def stock(
+    lanes: Executor, model: Path, requests: list[Request], tmp_path_factory: pytest.TempPathFactory
+) -> Future[Generated]:
+    """What stock vLLM makes of `requests`, soon."""
+    folder = tmp_path_factory.mktemp("stock")
+    return lanes.submit(generate, model, requests, folder, kv_cache_memory_bytes=256 * MIB)
 
 
 @pytest.fixture
-def elastic_env(plugin: None, tmp_path: Path) -> dict[str, str]:
-    """Variables that switch the elastic cache on, with a runtime directory of its own."""
-    return {"ENABLE_KVCACHED": "1", "KVCACHED_DIR": str(runtime_folder(tmp_path))}
+def reference(stock: Future[Generated]) -> list[list[int]]:
+    """The tokens of stock vLLM for `requests`. Waits: so after fixtures that start engines."""
+    return stock.result().tokens
 
 
 @pytest.fixture(scope="session")
@@ -93,10 +101,9 @@ def plugin() -> None:
 def pair(plugin: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Two servers, started together: without prefix caching, and with it."""
     logs = tmp_path_factory.mktemp("pair")
-    folder = runtime_folder(logs)
+    folder = logs / "ledger"
     env = {
-        "ENABLE_KVCACHED": "1",
-        "KVCACHED_DIR": str(folder),
+        **elastic_env(folder),
         "KVCACHED_BUDGET": f"{BUDGET_BYTES // MIB}MiB",
         "KVCACHED_EXTENT": f"{EXTENT_BYTES // MIB}MiB",
         "KVCACHED_DECAY": str(DECAY_S),
@@ -149,11 +156,9 @@ def holding(server: Server, folder: Path) -> Holding:
     return Holding(server.kv_bytes(), sum(each.committed_bytes for each in accounts))
 
 
-def runtime_folder(parent: Path) -> Path:
-    """A fresh directory that only this user may enter, as a ledger wants it."""
-    folder = parent / "ledger"
-    folder.mkdir(mode=0o700)
-    return folder
+def elastic_env(folder: Path) -> dict[str, str]:
+    """Variables that switch the elastic cache on, with its ledger in `folder`."""
+    return {"ENABLE_KVCACHED": "1", "KVCACHED_DIR": str(folder)}
 
 
 def _write_weights(folder: Path, shape: Shape) -> None:

@@ -32,6 +32,9 @@ REQUEST_TIMEOUT_S = 120.0
 MAX_MODEL_LEN = 2048
 BLOCK_TOKENS = 128
 
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""`LLM(...)` keeps its engine core to itself."""
+
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,
     reason="vLLM is not installed in this environment; `make test` sets one up",
@@ -47,7 +50,6 @@ _ENGINE_ENV = {
     "VLLM_SERVER_DEV_MODE": "1",
 }
 _ARENA = "memfd:kvcached"
-_SERVE = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
 
 
 class Request(NamedTuple):
@@ -72,15 +74,13 @@ def engine_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**kept, **_ENGINE_ENV, **(extra or {})}
 
 
-def engine_processes_env(processes: str) -> dict[str, str]:
-    """Whether `LLM(...)` keeps its engine core to itself, `one process`, or `many processes`."""
-    return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if processes == "one process" else "1"}
+def serve_command(model: Path) -> list[str]:
+    """`vllm serve MODEL` with the arguments that every server of these tests gets."""
+    # Not at the top: this file also runs as a program, in which vLLM must be stock.
+    from kvcached_plugins.demo.servers import vllm_command
 
-
-def engine_arguments(model: Path) -> list[str]:
-    """The arguments that every server of these tests gets."""
     return [
-        *("--model", str(model), "--served-model-name", "model"),
+        *(*vllm_command(), str(model), "--served-model-name", "model"),
         *("--max-model-len", str(MAX_MODEL_LEN), "--dtype", "float32", "--enforce-eager"),
     ]
 
@@ -154,10 +154,10 @@ class Server:
             port = int(probe.getsockname()[1])
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
-        command = [*_SERVE, "--host", "127.0.0.1", "--port", str(port)]
+        command = [*serve_command(model), "--host", "127.0.0.1", "--port", str(port)]
         with log.open("wb") as sink:
             self.process = subprocess.Popen(
-                [*command, *engine_arguments(model), *arguments],
+                [*command, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -269,13 +269,13 @@ def run_script(
     timeout_s: float = 180.0,
     watch: Callable[[int], None] = lambda pid: None,
 ) -> Ran:
-    """Run Python with `command` in a session of its own; nothing of it is left running.
+    """Run `command` in a session of its own; nothing of it is left running.
 
     `watch` is called with the process id about ten times a second.
     """
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, *command],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
@@ -302,7 +302,7 @@ def engine_spec(model: Path, requests: Sequence[Request], folder: Path, **engine
     defaults = {"max_model_len": MAX_MODEL_LEN, "dtype": "float32", "enforce_eager": True}
     spec = folder / "spec.json"
     spec.write_text(json.dumps([{"model": str(model), **defaults, **engine}, requests]))
-    return [__file__, str(spec), str(folder / "out.json")]
+    return [sys.executable, __file__, str(spec), str(folder / "out.json")]
 
 
 def generate(
@@ -318,7 +318,7 @@ def generate(
     ran = run_script(
         engine_spec(model, requests, folder, **engine),
         folder / "log",
-        env={**engine_processes_env("one process"), **(env or {})},
+        env={**ONE_PROCESS, **(env or {})},
         watch=lambda pid: samples.append(kv_bytes(pid)),
     )
     assert ran.code == 0, ran.end()

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from integration.conftest import elastic_env
 from integration.engine import (
     MIB,
+    ONE_PROCESS,
+    Generated,
+    Ran,
     Request,
     arenas,
     engine_spec,
@@ -18,25 +24,44 @@ from integration.engine import (
     kv_bytes,
     needs_vllm,
     run_script,
-    tail,
     wait_until,
 )
 from kvcached_vmm.ledger import Ledger
 
 pytestmark = [pytest.mark.engine, needs_vllm]
 
+VICTIMS = ("the worker", "all of it")
+REQUESTS_AFTERWARDS = 20
 
-@pytest.mark.parametrize("victims", ["the worker", "all of it"])
-def test_an_engine_starts_where_another_was_killed(
-    victims: str,
+
+class Killed(NamedTuple):
+    """An engine that was killed while it was busy, and the one that was started after it."""
+
+    ran: Ran
+    victims: list[int]
+    ledger_emptied: bool
+    again: Generated
+    new_files: set[str]
+
+
+@pytest.fixture(scope="module")
+def kills(
+    lanes: Executor,
+    plugin: None,
     model: Path,
     requests: list[Request],
-    reference: list[list[int]],
-    elastic_env: dict[str, str],
-    tmp_path: Path,
-) -> None:
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Future[Killed]]:
+    return {
+        victims: lanes.submit(kill, victims, model, requests, tmp_path_factory.mktemp("kill"))
+        for victims in VICTIMS
+    }
+
+
+def kill(victims: str, model: Path, requests: list[Request], folder: Path) -> Killed:
     """Budget and guarantee fit one engine only, so a record left behind would show at once."""
-    env = {**elastic_env, "KVCACHED_BUDGET": "24MiB", "KVCACHED_MIN": "16MiB"}
+    ledger = folder / "ledger"
+    env = {**elastic_env(ledger), "KVCACHED_BUDGET": "24MiB", "KVCACHED_MIN": "16MiB"}
     killed: list[int] = []
 
     def kill_when_busy(pid: int) -> None:
@@ -47,25 +72,18 @@ def test_an_engine_starts_where_another_was_killed(
                 os.kill(process.pid, signal.SIGKILL)
                 killed.append(process.pid)
 
-    command = engine_spec(model, requests, tmp_path)
     ran = run_script(
-        command,
-        tmp_path / "killed.log",
-        env={**env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        engine_spec(model, requests, folder),
+        folder / "killed.log",
+        env={**env, **ONE_PROCESS},
         watch=kill_when_busy,
-        timeout_s=90,
+        timeout_s=120,
     )
-    folder = Path(env["KVCACHED_DIR"])
-    files = {path.name for path in folder.iterdir()}
-
-    assert killed, ran.end()
-    assert ran.code != 0, ran.end()
-    assert wait_until(lambda: not accounts(folder), 3.0), accounts(folder)
-
-    some = requests[:20]
-    again = generate(model, some, tmp_path, env=env)
-    assert again.tokens == reference[:20], tail(tmp_path / "log")
-    assert {path.name for path in folder.iterdir()} == files
+    emptied = wait_until(lambda: not accounts(ledger), 3.0)
+    files = {path.name for path in ledger.iterdir()}
+    again = generate(model, requests[:REQUESTS_AFTERWARDS], folder, env=env)
+    new_files = {path.name for path in ledger.iterdir()} - files
+    return Killed(ran, killed, emptied, again, new_files)
 
 
 def accounts(folder: Path) -> list[str]:
@@ -75,3 +93,16 @@ def accounts(folder: Path) -> list[str]:
         return [account.name for account in ledger.snapshot().accounts]
     finally:
         ledger.close()
+
+
+@pytest.mark.parametrize("victims", VICTIMS)
+def test_an_engine_starts_where_another_was_killed(
+    victims: str, kills: dict[str, Future[Killed]], reference: list[list[int]]
+) -> None:
+    killed = kills[victims].result()
+
+    assert killed.victims, killed.ran.end()
+    assert killed.ran.code != 0, killed.ran.end()
+    assert killed.ledger_emptied
+    assert killed.again.tokens == reference[:REQUESTS_AFTERWARDS]
+    assert killed.new_files == set()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -16,10 +18,11 @@ from integration.conftest import (
     DECAY_S,
     EXTENT_BYTES,
     Pair,
+    elastic_env,
     holding,
     random_prompt,
 )
-from integration.engine import MIB, Request, Server, needs_vllm, wait_until
+from integration.engine import BLOCK_TOKENS, MIB, Request, Server, needs_vllm, wait_until
 from kvcached_vmm.ledger import Ledger
 
 pytestmark = [pytest.mark.engine, needs_vllm]
@@ -148,7 +151,7 @@ def test_a_sleeping_engine_holds_no_bytes_and_wakes_up_with_the_same_tokens(pair
 def test_two_servers_take_turns_within_one_budget(pair: Pair) -> None:
     """Bursts that each want more than half of the budget move memory from one to the other."""
     ledger = Ledger.open(pair.folder, "host")
-    requests = burst(28, seed=8, size=900, output=24)
+    requests = burst(18, seed=8, size=900, output=24)
     peaks = {pair.plain.process.pid: 0, pair.caching.process.pid: 0}
 
     def promised() -> int:
@@ -183,3 +186,52 @@ def test_two_servers_take_turns_within_one_budget(pair: Pair) -> None:
     assert max(in_ledger) <= BUDGET_BYTES
     assert max(in_kernel) <= BUDGET_BYTES
     assert min(peaks.values()) > BUDGET_BYTES // 2, f"peaks in MiB: {peaks.values()} / {MIB}"
+
+
+def test_a_second_engine_gets_what_the_first_one_only_keeps_cached(
+    plugin: None, model: Path, tmp_path: Path
+) -> None:
+    """The first is idle, keeps prefixes in all of the budget, and would do so for an hour."""
+    folder = tmp_path / "ledger"
+    env = {
+        **elastic_env(folder),
+        "KVCACHED_BUDGET": f"{BUDGET_BYTES // MIB}MiB",
+        "KVCACHED_EXTENT": f"{EXTENT_BYTES // MIB}MiB",
+        "KVCACHED_CACHE_TTL": "3600",
+    }
+    # Whole blocks only: one that is partly filled is not cached.
+    kept = burst(40, seed=9, size=5 * BLOCK_TOKENS, output=1)
+    requests = burst(15, seed=10, output=24)
+    with contextlib.ExitStack() as servers:
+
+        def start(name: str) -> Server:
+            named = {**env, "KVCACHED_NAME": name}
+            server = Server(model, tmp_path / f"{name}.log", env=named)
+            servers.callback(server.stop)
+            server.wait_ready()
+            return server
+
+        first = start("first")
+        expected = first.complete_all(kept)
+        full = holding(first, folder)
+        assert full == (BUDGET_BYTES, BUDGET_BYTES)
+
+        second = start("second")
+        answers, seconds = timed(second, requests)
+        left = holding(first, folder)
+        again = first.complete_all(kept[-4:])
+        first.stop()
+        second.post("/reset_prefix_cache")
+        alone, alone_seconds = timed(second, requests)
+
+    assert answers == alone
+    assert again == expected[-4:]
+    assert seconds < alone_seconds + 5.0
+    assert max(left) < BUDGET_BYTES // 2
+
+
+def timed(server: Server, requests: list[Request]) -> tuple[list[list[int]], float]:
+    """The answers to `requests`, sent all at once, and how many seconds they took."""
+    began = time.monotonic()
+    answers = server.complete_all(requests)
+    return answers, time.monotonic() - began

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Mapping
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from integration.engine import MAX_MODEL_LEN, engine_processes_env, kv_bytes, needs_vllm, run_script
+from integration.conftest import elastic_env
+from integration.engine import MAX_MODEL_LEN, ONE_PROCESS, Ran, kv_bytes, needs_vllm, run_script
 
 pytestmark = [pytest.mark.engine, needs_vllm]
 
@@ -22,7 +27,7 @@ if __name__ == "__main__":
 
     os.environ.update({variables!r})
     llm = LLM(model={model!r}, dtype="float32", enforce_eager=True, **{engine!r})
-    greedy = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+    greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     prompts = [{{"prompt_token_ids": [7 + i] * 1500}} for i in range(8)]
     for _ in range(2):
         print("TOKENS", [list(each.outputs[0].token_ids) for each in llm.generate(prompts, greedy)])
@@ -34,62 +39,91 @@ if __name__ == "__main__":
 """
 
 
-def write_script(folder: Path, model: Path, variables: dict[str, str], **engine: int) -> Path:
-    """SCRIPT as a file: it imports vLLM, sets `variables`, then makes `LLM(**engine)`."""
-    script = folder / "script.py"
-    engine = {"max_model_len": MAX_MODEL_LEN, **engine}
-    script.write_text(SCRIPT.format(variables=variables, model=str(model), engine=engine))
-    return script
+MANY_PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+OFF = {
+    "unset, many processes": MANY_PROCESSES,
+    "false, one process": {**ONE_PROCESS, "ENABLE_KVCACHED": "false"},
+}
+ON = {"one process": ONE_PROCESS, "many processes": MANY_PROCESSES}
 
 
-@pytest.mark.parametrize(
-    ("switch", "processes"), [(None, "many processes"), ("false", "one process")]
-)
-def test_switched_off_nothing_of_ours_is_imported_or_made(
-    switch: str | None, processes: str, model: Path, plugin: None, tmp_path: Path
-) -> None:
+class Script(NamedTuple):
+    """How a script ended, and the most KV memory that it was seen to hold."""
+
+    ran: Ran
+    home: Path
+    peak_bytes: int
+
+
+@pytest.fixture(scope="module")
+def scripts(
+    lanes: Executor, plugin: None, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Future[Script]]:
+    """The scripts of all tests here, started together."""
+    made = {}
+    for name, env in {**OFF, **ON}.items():
+        home = tmp_path_factory.mktemp("home")
+        run = off if name in OFF else on
+        made[name] = lanes.submit(run, model, home, env)
+    return made
+
+
+def off(model: Path, home: Path, env: Mapping[str, str]) -> Script:
     """Python itself lists every import of every process of the engine."""
-    home = tmp_path / "home"
-    home.mkdir()
-    script = write_script(tmp_path, model, {}, kv_cache_memory_bytes=64 << 20)
-    env = {
+    surroundings = {
         "HOME": str(home),
         "XDG_RUNTIME_DIR": str(home),
         "XDG_CACHE_HOME": str(home),
         "KVCACHED_DIR": str(home / "kvcached-ledger"),
         "KVCACHED_BUDGET": "nonsense is nobody's business while we are off",
         "PYTHONPROFILEIMPORTTIME": "1",
-        **engine_processes_env(processes),
-        **({"ENABLE_KVCACHED": switch} if switch else {}),
     }
+    return run(model, home, {}, {**surroundings, **env}, kv_cache_memory_bytes=64 << 20)
 
-    ran = run_script([str(script)], tmp_path / "log", env=env)
+
+def on(model: Path, home: Path, env: Mapping[str, str]) -> Script:
+    return run(model, home, elastic_env(home / "ledger"), env)
+
+
+def run(
+    model: Path, home: Path, variables: dict[str, str], env: Mapping[str, str], **engine: int
+) -> Script:
+    """SCRIPT as a file in `home`: it imports vLLM, sets `variables`, then makes `LLM(**engine)`."""
+    script = home / "script.py"
+    engine = {"max_model_len": MAX_MODEL_LEN, **engine}
+    script.write_text(SCRIPT.format(variables=variables, model=str(model), engine=engine))
+    sizes = [0]
+    ran = run_script(
+        [sys.executable, str(script)],
+        home / "log",
+        env=env,
+        watch=lambda pid: sizes.append(kv_bytes(pid)),
+    )
+    return Script(ran, home, max(sizes))
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_switched_off_nothing_of_ours_is_imported_or_made(
+    name: str, scripts: dict[str, Future[Script]]
+) -> None:
+    ran, home, peak_bytes = scripts[name].result()
 
     assert ran.code == 0, ran.end()
-    imported = set(re.findall(r"\| +(kvcached[\w.]*)", ran.output))
     assert "import time:" in ran.output
-    assert imported <= ENTRY_POINT
+    assert set(re.findall(r"\| +(kvcached[\w.]*)", ran.output)) == ENTRY_POINT
     assert "STOCK POOL True" in ran.output
+    assert peak_bytes == 0
     assert [path for path in home.rglob("*") if "kvcached" in path.name] == []
 
 
-@pytest.mark.parametrize("processes", ["one process", "many processes"])
+@pytest.mark.parametrize("name", ON)
 def test_the_variable_set_in_a_script_before_the_engine_is_made_counts(
-    processes: str, model: Path, plugin: None, tmp_path: Path
+    name: str, scripts: dict[str, Future[Script]]
 ) -> None:
-    variables = {"ENABLE_KVCACHED": "1", "KVCACHED_DIR": str(tmp_path / "ledger")}
-    script = write_script(tmp_path, model, variables)
-    sizes = [0]
-
-    ran = run_script(
-        [str(script)],
-        tmp_path / "log",
-        env=engine_processes_env(processes),
-        watch=lambda pid: sizes.append(kv_bytes(pid)),
-    )
+    ran, _, peak_bytes = scripts[name].result()
 
     assert ran.code == 0, ran.end()
     assert "LAST LINE" in ran.output
-    assert max(sizes) > 0, f"no elastic KV range was seen; {ran.end()}"
+    assert peak_bytes > 0, f"no elastic KV range was seen; {ran.end()}"
     first, second = re.findall(r"TOKENS (.*)", ran.output)
     assert first == second

@@ -24,7 +24,8 @@ from typing import NamedTuple
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-from integration.benchmarks.churn import BLOCK_BYTES, _Plenty
+from integration.benchmarks.churn import BLOCK_BYTES
+from integration.benchmarks.churn import _Plenty as Plenty
 from integration.benchmarks.traces import BLOCK_TOKENS, LOADS, Trace, recorded, simulated
 from integration.gpu.record import MemorySampler, facts, write_json
 from kvcached_plugins.vllm.pool import ElasticBlockPool, ElasticFreeQueue
@@ -92,7 +93,7 @@ def elastic_pool(num_blocks: int, prefix_caching: bool) -> tuple[BlockPool, Call
     elastic = ElasticFreeQueue(
         pool.blocks,
         ExtentMap(num_blocks, [region], 2 * MIB, span),
-        _Plenty(),
+        Plenty(),
         clock,
         pool.evict,
         Policy(decay_seconds=FOREVER, cache_seconds=FOREVER),
@@ -121,7 +122,7 @@ def replay(trace: Trace, pool: BlockPool, hooks: Callable[[], None]) -> Costs:
     """
     costs = Costs([], [], [])
     taken: list[list[KVCacheBlock]] = []
-    hashes = map(lambda number: number.to_bytes(32, "little"), count())
+    hashes = (number.to_bytes(32, "little") for number in count())
     take, free, now = pool.get_new_blocks, pool.free_blocks, time.perf_counter_ns
     for index, step in enumerate(trace.steps):
         begin = now()

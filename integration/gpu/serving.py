@@ -40,34 +40,40 @@ def plan(rates: list[float], seconds: float, port: int, model: str, options: Jso
     low, half, near = rates
     runs: list[Json] = []
     for seed, (label, rate) in enumerate(zip(LABELS, (half, near, low, half), strict=True)):
-        count = max(8, round(rate * seconds))
-        arguments = {
-            "--backend": "vllm",
-            "--port": str(port),
-            "--model": model,
-            "--dataset-name": "random",
-            "--random-input-len": str(options["prompt_len"]),
-            "--random-output-len": str(options["max_tokens"]),
-            "--num-prompts": str(count),
-            "--request-rate": f"{rate:g}",
-            "--seed": str(100 + seed),
-            "--percentile-metrics": "ttft,tpot,itl",
-            "--metric-percentiles": "50,99",
-            "--result-dir": options["result_dir"],
-            "--result-filename": f"{label}.json",
-        }
+        run = benchmark(label, rate, seconds, 100 + seed, port, model, options)
         if not runs:
-            arguments["--num-warmups"] = "8"
-        words = [word for pair in arguments.items() for word in pair]
-        runs.append(
-            {
-                "label": label,
-                "rate": rate,
-                "expected_s": count / rate + options["tail_s"],
-                "arguments": [*words, "--ignore-eos", "--save-result", "--disable-tqdm"],
-            }
-        )
+            run["arguments"] += ["--num-warmups", "8"]
+        runs.append(run)
     return runs
+
+
+def benchmark(
+    label: str, rate: float, seconds: float, seed: int, port: int, model: str, options: Json
+) -> Json:
+    """One run of vLLM's benchmark, as bench_client.py takes it."""
+    count = max(8, round(rate * seconds))
+    arguments = {
+        "--backend": "vllm",
+        "--port": str(port),
+        "--model": model,
+        "--dataset-name": "random",
+        "--random-input-len": str(options["prompt_len"]),
+        "--random-output-len": str(options["max_tokens"]),
+        "--num-prompts": str(count),
+        "--request-rate": f"{rate:g}",
+        "--seed": str(seed),
+        "--percentile-metrics": "ttft,tpot,itl",
+        "--metric-percentiles": "50,99",
+        "--result-dir": options["result_dir"],
+        "--result-filename": f"{label}.json",
+    }
+    words = [word for pair in arguments.items() for word in pair]
+    return {
+        "label": label,
+        "rate": rate,
+        "expected_s": count / rate + options["tail_s"],
+        "arguments": [*words, "--ignore-eos", "--save-result", "--disable-tqdm"],
+    }
 
 
 class Arm:

@@ -19,9 +19,15 @@ EXTENTS_PER_BUDGET = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """What every worker must agree on; travels on the ``KVCacheConfig``."""
+    """What every worker must agree on; travels on the ``KVCacheConfig``.
+
+    Attributes:
+        blocks_per_extent: size of extents.
+        request_bytes: what one request of the longest length needs on one worker.
+    """
 
     blocks_per_extent: int
+    request_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,11 @@ def regions(kv_cache_config: Any) -> list[Region]:
 
 
 def plan(
-    kv_cache_configs: Sequence[Any], granularity: int, limit_bytes: int, extent: int | None
+    kv_cache_configs: Sequence[Any],
+    granularity: int,
+    limit_bytes: int,
+    extent: int | None,
+    request_bytes: int = 0,
 ) -> Plan:
     """The size of extents for all workers: about ``extent`` bytes, or what suits the limit."""
     target = extent or min(EXTENT_BYTES, ceil_to(limit_bytes // EXTENTS_PER_BUDGET, granularity))
@@ -74,7 +84,8 @@ def plan(
         max(
             blocks_per_extent(regions(config), granularity, max(target, granularity))
             for config in kv_cache_configs
-        )
+        ),
+        request_bytes,
     )
 
 

@@ -116,13 +116,17 @@ def get_kv_cache_configs(
     ranks = 1 if on_gpu else len(kv_cache_specs)
     try:
         for specs in kv_cache_specs:
-            _refuse_unsupported_layers(vllm_config, specs)
-            _refuse_small_budget(vllm_config, specs, settings, ranks)
+            _refuse_unsupported_layers(specs)
+        request = max(
+            sum(spec.max_memory_usage_bytes(vllm_config) for spec in specs.values())
+            for specs in kv_cache_specs
+        )
+        _refuse_small_budget(vllm_config, request * ranks, settings)
         configs = original(vllm_config, kv_cache_specs, available, *args, **kwargs)
         granularity = GPU_GRANULARITY if on_gpu else HOST_GRANULARITY
         limits = (settings.budget_bytes, settings.maximum_bytes)
         limit = min([*available, *(limit // ranks for limit in limits if limit is not None)])
-        chosen = plan(configs, granularity, limit, settings.extent_bytes)
+        chosen = plan(configs, granularity, limit, settings.extent_bytes, request)
     except KVCachedError as error:
         raise Refusal(str(error)) from error
     for config in configs:
@@ -130,7 +134,7 @@ def get_kv_cache_configs(
     return configs
 
 
-def _refuse_unsupported_layers(vllm_config: Any, specs: dict[str, Any]) -> None:
+def _refuse_unsupported_layers(specs: dict[str, Any]) -> None:
     from vllm.v1 import kv_cache_interface as interface
 
     allowed = (interface.FullAttentionSpec, interface.MLAAttentionSpec)
@@ -142,17 +146,14 @@ def _refuse_unsupported_layers(vllm_config: Any, specs: dict[str, Any]) -> None:
             )
 
 
-def _refuse_small_budget(
-    vllm_config: Any, specs: dict[str, Any], settings: Settings, ranks: int
-) -> None:
-    needed = ranks * sum(spec.max_memory_usage_bytes(vllm_config) for spec in specs.values())
+def _refuse_small_budget(vllm_config: Any, needed_bytes: int, settings: Settings) -> None:
     for variable, limit in (
         ("KVCACHED_BUDGET", settings.budget_bytes),
         ("KVCACHED_MAX", settings.maximum_bytes),
     ):
-        if limit is not None and limit < needed:
+        if limit is not None and limit < needed_bytes:
             length = vllm_config.model_config.max_model_len
             raise Refusal(
                 f"{variable} is {format_size(limit)}, but one request of {length} tokens needs "
-                f"{format_size(needed)} of KV cache; raise it or lower --max-model-len."
+                f"{format_size(needed_bytes)} of KV cache; raise it or lower --max-model-len."
             )

@@ -1,0 +1,222 @@
+"""The arena behind a worker's KV cache, and what a step needs resident in it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+
+from kvcached_plugins.settings import Settings
+from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan, extent_map
+from kvcached_vmm.arena import Arena
+from kvcached_vmm.driver import Driver
+from kvcached_vmm.errors import DriverError
+from kvcached_vmm.extents import Footprint
+from kvcached_vmm.fence import Mark, Passed, Quarantine
+from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.tensors import StreamMarks, arena_tensor
+from kvcached_vmm.units import format_size
+
+logger = logging.getLogger("vllm.kvcached")
+
+GPU_SHARE = 0.92
+"""vLLM's own default: what is left is for fragmentation and for what no profile sees."""
+
+PATIENCE_SECONDS = 60.0
+"""How long a step waits for memory that the ledger granted and the driver does not have."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a worker's device is: the last step that is done, and extents yet to be released."""
+
+    done_step: int
+    waiting_extents: int
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """What an engine core learns of a worker.
+
+    Attributes:
+        device: the ledger's name of the device that this worker is on.
+        granularity: bytes of the driver's smallest mapping.
+        fixed_bytes: weights, graphs and peak activations, as far as vLLM measured them.
+        default_budget_bytes: what engines on the device share if no user says.
+    """
+
+    device: str
+    granularity: int
+    fixed_bytes: int
+    default_budget_bytes: int
+
+
+def device_driver(device: torch.device) -> Driver:
+    """The driver of a torch device."""
+    if device.type == "cuda":
+        from kvcached_vmm.cuda_driver import CudaDriver
+
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        return CudaDriver(index)
+    from kvcached_vmm.host_driver import HostDriver
+
+    return HostDriver()
+
+
+class WorkerMemory:
+    """The memory of one worker's KV cache.
+
+    From start-up until ``start`` the worker answers for its bytes itself: vLLM's warm-up writes
+    blocks that no pool has handed out. Afterwards the engine core has reserved whatever it names.
+    """
+
+    def __init__(self, worker: Any, kv_cache_config: Any, settings: Settings) -> None:
+        plan: Plan = getattr(kv_cache_config, ATTRIBUTE)
+        self.device: torch.device = worker.device
+        self.driver = device_driver(self.device)
+        self.fixed_bytes = int(getattr(worker, "kvcached_fixed_bytes", 0))
+        self.default_budget_bytes = default_budget(worker, self.driver)
+        self.arena = Arena(self.driver, extent_map(kv_cache_config, plan, self.driver.granularity))
+        self._lock = threading.RLock()
+        self._mark: Callable[[], Mark] = (
+            StreamMarks(self.device) if self.device.type == "cuda" else Passed
+        )
+        self._quarantine = Quarantine(self._mark)
+        self._last_mark: Mark | None = None
+        self._launched_step = self._done_step = 0
+        self._starting: Account | None = Ledger.open(settings.directory, self.driver.device).join(
+            f"{settings.name or 'vllm'} (starting)",
+            settings.budget_bytes,
+            default_budget_bytes=self.default_budget_bytes,
+        )
+        self._commit({0})
+
+    def tensor(self, size_bytes: int) -> torch.Tensor:
+        """The buffer that vLLM lays its layers out in."""
+        return arena_tensor(self.arena, size_bytes, self.device)
+
+    def before_step(self, scheduler_output: Any) -> None:
+        """Make resident every block that the step names, and note what it gives back."""
+        orders: Orders | None = getattr(scheduler_output, ATTRIBUTE, None)
+        with self._lock:
+            missing = self.arena.missing(chain.from_iterable(named_blocks(scheduler_output)))
+            if missing:
+                self._commit(missing)
+            if orders is not None:
+                self._quarantine.put(orders.step, orders.release)
+
+    def after_step(self, scheduler_output: Any) -> None:
+        """The step is launched: do now what need not hold it up."""
+        orders: Orders | None = getattr(scheduler_output, ATTRIBUTE, None)
+        if orders is None:
+            return
+        with self._lock:
+            self._launched_step = orders.step
+            self._last_mark = self._mark()
+            self._release(overdue_step=orders.step - 1)
+            if orders.commit:
+                with contextlib.suppress(DriverError):
+                    self.arena.commit(orders.commit)
+
+    def obey(self, orders: Orders) -> Progress:
+        """The engine takes no steps: release what is quiet, without waiting for the device."""
+        with self._lock:
+            self._quarantine.put(orders.step, orders.release)
+            self._release(overdue_step=0)
+            if self._last_mark is not None and self._last_mark.query():
+                self._done_step, self._last_mark = self._launched_step, None
+            return Progress(self._done_step, len(self._quarantine))
+
+    def start(self) -> WorkerReport:
+        """Start-up is over: keep the first extent only, and leave the accounts to the engine."""
+        with self._lock:
+            self._mark().synchronize()
+            self.arena.decommit(self.arena.committed - {0})
+            if self._starting is not None:
+                self._starting.close()
+                self._starting = None
+        return WorkerReport(
+            self.driver.device,
+            self.driver.granularity,
+            self.fixed_bytes,
+            self.default_budget_bytes,
+        )
+
+    def sleep(self) -> None:
+        """Give everything back; only ``wake`` may follow."""
+        with self._lock:
+            self._mark().synchronize()
+            self._release(overdue_step=1 << 62)
+            self.arena.decommit(self.arena.committed)
+
+    def close(self) -> None:
+        """The engine is gone: give the addresses back too."""
+        with self._lock:
+            self.sleep()
+            self.arena.close()
+
+    def wake(self) -> None:
+        """Back the first extent with memory again."""
+        with self._lock:
+            self._commit({0})
+
+    def _release(self, overdue_step: int) -> None:
+        quiet = self._quarantine.take(overdue_step)
+        if quiet:
+            self.arena.decommit(quiet)
+
+    def _commit(self, extents: set[int]) -> None:
+        """Commit, waiting for memory that others hold; the process ends if none comes."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        pause, complained = 0.001, False
+        while True:
+            try:
+                self._account_for(extents)
+                self.arena.commit(extents)
+                return
+            except DriverError as error:
+                if time.monotonic() > deadline:
+                    # vLLM only logs an exception of a worker whose output nobody reads, and the
+                    # others would wait for it for ever: end the process.
+                    logger.critical("kvcached: no memory came in %s s: %s", PATIENCE_SECONDS, error)
+                    raise SystemExit(
+                        f"kvcached: the KV cache cannot get its memory: {error}"
+                    ) from error
+                if not complained:
+                    logger.warning("kvcached: waiting for memory for the KV cache: %s", error)
+                    complained = True
+            time.sleep(pause)
+            pause = min(pause * 2, 0.1)
+
+    def _account_for(self, extents: Iterable[int]) -> None:
+        if self._starting is None:
+            return
+        size = Footprint(self.arena.extents)
+        wanted = sum(piece.size for extent in extents for piece in size.add(extent))
+        if self._starting.reserve(wanted, wanted) < wanted:
+            raise DriverError("reserve", f"the ledger has no {format_size(wanted)} to grant")
+        self._starting.commit(wanted, wanted)
+
+
+def named_blocks(scheduler_output: Any) -> Iterator[Iterable[int]]:
+    """Block ids that a step may touch for the first time, group by group."""
+    for request in scheduler_output.scheduled_new_reqs:
+        yield from request.block_ids
+    for new_block_ids in scheduler_output.scheduled_cached_reqs.new_block_ids:
+        if new_block_ids is not None:
+            yield from new_block_ids
+
+
+def default_budget(worker: Any, driver: Driver) -> int:
+    """What engines share if nobody says: most of the GPU, or half of the host's memory."""
+    total = driver.memory().total_bytes
+    if worker.device.type == "cuda":
+        return int(total * max(GPU_SHARE, worker.cache_config.gpu_memory_utilization))
+    return total // 2

@@ -1,0 +1,135 @@
+"""The benchmarks in short: do they run, and are we within sight of our goals? CI is noisy, so the
+bounds on time are loose; ``make bench`` holds us to the goals."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from integration.benchmarks import churn, ledger_ops
+from integration.benchmarks.traces import LOADS, Load, Step, Trace, simulated
+
+has_vllm = importlib.util.find_spec("vllm") is not None
+needs_vllm = pytest.mark.skipif(not has_vllm, reason="vllm is not installed")
+
+
+def test_a_churn_pins_little_more_than_what_is_live() -> None:
+    scenario = replace(churn.SCENARIOS[0], steps=2500)
+    assert churn.churn(scenario) <= churn.GOAL
+
+
+def check(trace: Trace) -> None:
+    """Every take is freed at most once, after it was made."""
+    freed: Counter[int] = Counter()
+    taken = 0
+    for step in trace.steps:
+        taken += len(step.takes)
+        for free in step.frees:
+            assert all(number < taken for number in free)
+            freed.update(free)
+    assert not freed or max(freed.values()) == 1
+
+
+@pytest.mark.parametrize("load", LOADS, ids=lambda load: load.name)
+def test_a_simulated_trace_is_one_that_an_engine_could_make(load: Load) -> None:
+    trace = simulated(load, warm_blocks=1000, steps=300)
+    check(trace)
+    assert len(trace.steps) == trace.warm_steps + 300
+    assert sum(sum(step.takes) for step in trace.steps[: trace.warm_steps]) >= 1000
+    assert simulated(load, 1000, 300) == trace
+
+
+def test_loads_differ_in_what_their_names_say() -> None:
+    sizes = {
+        load.name: Counter(size for step in simulated(load, 1, 1000).steps for size in step.takes)
+        for load in LOADS
+    }
+    assert set(sizes["singles only"]) == {1}
+    assert 1 not in sizes["bulk only"]
+    assert set(sizes["long prompts"]) == {1, 512}
+    assert sizes["bulk and growth"][1] > sum(sizes["bulk and growth"].values()) / 2
+
+
+def test_a_trace_knows_how_many_blocks_it_needs() -> None:
+    steps = (Step((4, 1), ()), Step((2,), ((0, 1),)), Step((3,), ()))
+    assert Trace("three steps", steps, 0).blocks == 7
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    "prefix_caching",
+    [
+        False,
+        pytest.param(
+            True, marks=pytest.mark.xfail(reason="core: evicts blocks that vLLM evicts anyway")
+        ),
+    ],
+)
+def test_taking_and_freeing_cost_about_what_they_cost_in_vllm(prefix_caching: bool) -> None:
+    from integration.benchmarks import pool_ops
+
+    trace = simulated(replace(LOADS[0], active=20), warm_blocks=3500, steps=300)
+    found = pool_ops.compare(trace, prefix_caching, repetitions=5, num_blocks=3500)
+    assert found.ratio <= 1.6
+    assert found.ratio <= found.ratio_with_hooks
+
+
+@needs_vllm
+def test_a_replay_asks_both_pools_for_the_same_and_leaves_what_is_live() -> None:
+    from integration.benchmarks import pool_ops
+
+    trace = simulated(replace(LOADS[0], active=20), warm_blocks=500, steps=200)
+    sizes = [size for step in trace.steps for size in step.takes]
+    freed = [number for step in trace.steps for free in step.frees for number in free]
+    live = sum(sizes) - sum(sizes[number] for number in freed)
+    for make in (pool_ops.stock_pool, pool_ops.elastic_pool):
+        for prefix_caching in (False, True):
+            pool, hooks = make(3000, prefix_caching)
+            costs = pool_ops.replay(trace, pool, hooks)
+            assert pool.get_num_free_blocks() == 2999 - live
+            assert [len(times) for times in costs] == [200, 200, 200]
+            assert bool(len(pool.cached_block_hash_to_block)) == prefix_caching
+            if make is pool_ops.elastic_pool:
+                pool.elastic.check()
+
+
+@needs_vllm
+def test_a_recorder_notes_what_a_pool_is_asked_for() -> None:
+    from integration.benchmarks import pool_ops
+    from integration.benchmarks.traces import _Recorder
+
+    pool: Any = pool_ops.stock_pool(100, False)[0]
+    recorder = _Recorder(pool)
+    prompt = pool.get_new_blocks(5)
+    other = pool.get_new_blocks(2)
+    grown = pool.get_new_blocks(1)
+    assert recorder.step() == Step((5, 2, 1), ())
+    pool.free_blocks(reversed(prompt + grown))
+    pool.free_blocks(reversed(other))
+    assert recorder.step() == Step((), ((0, 2), (1,)))
+    assert pool.get_num_free_blocks() == 99
+
+
+def test_ledger_operations_leave_nothing_in_use(folder: Path) -> None:
+    found = ledger_ops.alone(folder, accounts=3, calls=50)
+    assert [figure.operation for figure in found] == [
+        "reserve + cancel",
+        "reserve + commit + release",
+        "snapshot",
+    ]
+    assert all(0 < figure.least_us <= figure.median_us <= figure.p99_us for figure in found)
+    assert all(figure.p99_us <= figure.worst_us for figure in found)
+    assert found[0].median_us < 20 * ledger_ops.GOAL_US
+    ledger = ledger_ops.Ledger.open(folder, ledger_ops.DEVICE)
+    assert ledger.snapshot().accounts == ()
+    ledger.close()
+
+
+def test_processes_contend_for_one_ledger(folder: Path) -> None:
+    found = ledger_ops.contended(folder, processes=2, calls=20)
+    assert [figure.calls for figure in found] == [40, 40]
