@@ -52,14 +52,14 @@ GRAPHS = {
 }
 CAVEATS = [
     "Both servers hold their memory on one GPU while only one of them is loaded.",
-    "No Inductor compilation, CUDA graphs for decoding at few batch sizes: compare on with off, not "
-    "with figures of a tuned server.",
+    "No Inductor compilation, CUDA graphs for decoding at few batch sizes: compare on with off, "
+    "not with figures of a tuned server.",
     "vLLM's own dummy weights make tokens insensitive to the KV cache; tokens say something only "
     "where reseeded is true and early_tokens_change_answers is true.",
     "Concurrent requests are batched as timing has it, so other roundings may give other tokens; "
     "the first ones go alone, and control is stock against stock.",
-    "vLLM's random prompts are runs of consecutive token ids: a few in a hundred repeat one that the "
-    "same server has seen. Both runs of a pair have the same prompts.",
+    "vLLM's random prompts are runs of consecutive token ids: a few in a hundred repeat one that "
+    "the same server has seen. Both runs of a pair have the same prompts.",
 ]
 
 SELFTEST = {

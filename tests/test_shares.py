@@ -1,0 +1,77 @@
+"""An engine's workers share one decision about memory, on one device or on several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvcached_plugins.vllm.shares import Shares
+from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.units import MIB
+
+
+@pytest.fixture
+def accounts(tmp_path: Path) -> Iterator[dict[str, Account]]:
+    """Two GPUs, one with 100 MiB of budget and one with 60."""
+    folder = tmp_path / "ledgers"
+    made = {
+        device: Ledger.open(folder, device).join("engine", budget * MIB)
+        for device, budget in (("GPU-a", 100), ("GPU-b", 60))
+    }
+    yield made
+    for account in made.values():
+        account.close()
+
+
+def reserved(account: Account) -> int:
+    return account.view().accounts[0].reserved_bytes
+
+
+def test_workers_on_one_device_count_once_each(accounts: dict[str, Account]) -> None:
+    shares = Shares([(accounts["GPU-a"], 2)])
+    assert shares.reserve(10 * MIB, MIB) == 10 * MIB
+    assert reserved(accounts["GPU-a"]) == 20 * MIB
+    assert shares.limit_bytes() == 50 * MIB
+
+
+def test_the_poorest_device_decides_and_the_others_take_nothing_for_it(
+    accounts: dict[str, Account],
+) -> None:
+    shares = Shares([(accounts["GPU-a"], 1), (accounts["GPU-b"], 1)])
+    assert shares.reserve(80 * MIB, 8 * MIB) == 56 * MIB
+    assert reserved(accounts["GPU-a"]) == reserved(accounts["GPU-b"]) == 56 * MIB
+
+
+def test_a_device_that_is_full_leaves_no_grant_anywhere(accounts: dict[str, Account]) -> None:
+    accounts["GPU-b"].reserve(60 * MIB)
+    shares = Shares([(accounts["GPU-a"], 1), (accounts["GPU-b"], 1)])
+    assert shares.reserve(8 * MIB, 8 * MIB) == 0
+    assert reserved(accounts["GPU-a"]) == 0
+
+
+def test_what_the_driver_has_free_bounds_a_grant(accounts: dict[str, Account]) -> None:
+    shares = Shares([(accounts["GPU-a"], 1)], free_bytes=lambda: 20 * MIB)
+    assert shares.reserve(64 * MIB, 8 * MIB) == 16 * MIB
+
+
+def test_commit_and_release_reach_every_device(accounts: dict[str, Account]) -> None:
+    shares = Shares([(accounts["GPU-a"], 2), (accounts["GPU-b"], 1)])
+    shares.reserve(16 * MIB, 8 * MIB)
+    shares.commit(16 * MIB, 12 * MIB)
+    assert [a.view().accounts[0].committed_bytes for a in accounts.values()] == [
+        24 * MIB,
+        12 * MIB,
+    ]
+    shares.release(12 * MIB)
+    assert all(account.view().used_bytes == 0 for account in accounts.values())
+
+
+def test_what_neighbours_want_counts_for_each_worker(
+    accounts: dict[str, Account], tmp_path: Path
+) -> None:
+    neighbour = Ledger.open(tmp_path / "ledgers", "GPU-a").join("neighbour", None)
+    neighbour.report(live_bytes=0, cached_bytes=0, wanted_bytes=9 * MIB)
+    assert Shares([(accounts["GPU-a"], 2)]).wanted_by_others() == 9 * MIB // 2
+    neighbour.close()
