@@ -266,7 +266,7 @@ def run_script(
     log: Path,
     *,
     env: Mapping[str, str] | None = None,
-    timeout_s: float = 180.0,
+    timeout_s: float = 240.0,
     watch: Callable[[int], None] = lambda pid: None,
 ) -> Ran:
     """Run `command` in a session of its own; nothing of it is left running.

@@ -40,6 +40,8 @@ _RECORD = struct.Struct("<qd64sqqdqqqqqqd")
 """See ``_Record``. Process id 0: nobody's."""
 _USE = struct.Struct("<qqqqqqd")
 _USE_AT = _RECORD.size - _USE.size
+_GRANT = struct.Struct("<q72xqq8xqqq128x")
+"""A record of ``_SPACE`` bytes as far as granting looks at it, for one pass over all of them."""
 _SPACE = 256
 """Bytes of the header and of each record, with room to grow."""
 _SIZE = _SPACE * (1 + _SLOTS)
@@ -330,18 +332,23 @@ class Account:
 
     def _grant(self, wanted: int, unit: int, free: int) -> int:
         ledger = self._ledger
-        _, _, _, budget, set_by_user, _ = ledger._header()
-        others = own = maximum = 0
-        for slot in ledger._used():
-            record = ledger._record(slot)
-            free -= record.reserved
-            if not set_by_user:
-                others += record.fixed
-            if slot == self._slot:
-                own, maximum = record.committed + record.reserved, record.maximum
-            else:
-                others += max(record.committed + record.reserved, record.minimum)
-        room = min(budget - others - own, maximum - own, wanted, free)
+        _, _, _, budget, set_by_user, records = ledger._header()
+        others = own = most = 0
+        used = memoryview(ledger._map)[_SPACE : _SPACE * (1 + min(records, _SLOTS))]
+        with used:
+            for slot, (pid, minimum, maximum, committed, reserved, fixed) in enumerate(
+                _GRANT.iter_unpack(used)
+            ):
+                if not pid:
+                    continue
+                free -= reserved
+                if not set_by_user:
+                    others += fixed
+                if slot == self._slot:
+                    own, most = committed + reserved, maximum
+                else:
+                    others += max(committed + reserved, minimum)
+        room = min(budget - others - own, most - own, wanted, free)
         return max(0, room // unit * unit)
 
 

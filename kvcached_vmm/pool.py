@@ -102,14 +102,15 @@ class ElasticPool(Generic[B]):
     """Hands out blocks of an arena and decides which extents have memory.
 
     The first block is never handed out and its extent is never given back, except by ``sleep``.
-    Methods may be called from several threads; ``lock`` is reentrant and may be held over several.
+    ``lock`` is reentrant. ``take`` and ``prepare`` want it held, as in a scheduling round, and the
+    other methods take it themselves: they may be called from any thread.
 
     Args:
         blocks: all blocks, in the order of their ids, which start at 0.
         extents: where they lie.
         budget: what we may use.
         clock: the engine's steps.
-        evict: makes the engine forget the content of cached blocks.
+        evict: makes the engine forget what free blocks hold, before their memory goes.
         policy: how long to keep what.
         now: seconds on a clock that does not jump.
     """
@@ -175,29 +176,31 @@ class ElasticPool(Generic[B]):
         return bool(self._idle or self._lru or not self._sorted)
 
     def take(self, count: int) -> list[B]:
-        """Hand out ``count`` blocks, at most ``num_free_blocks``. Cached ones lose their content.
+        """Hand out ``count`` blocks, at most ``num_free_blocks``; the caller holds ``lock``.
 
-        Who takes whole extents' worth of blocks gets idle extents first: blocks that are taken
-        together tend to come back together.
+        A block may still have content that the engine knows: it forgets what it is handed. Who
+        takes whole extents' worth of blocks gets idle extents first: blocks that are taken together
+        tend to come back together.
         """
-        with self.lock:
-            self.num_free_blocks -= count
-            stack = self._stack
-            if count == 1 and stack:
-                return [stack.pop()]
-            taken: list[B] = []
-            while self._idle and count - len(taken) >= self._span:
-                taken += reversed(self._leave_idle(next(reversed(self._idle))).blocks)
-            missing = count - len(taken)
-            while missing > len(stack):
-                missing -= len(stack)
-                taken += reversed(stack)
-                stack.clear()
-                self._load()
-            if missing:
-                taken += stack[: -missing - 1 : -1]
-                del stack[-missing:]
-            return taken
+        self.num_free_blocks -= count
+        stack = self._stack
+        if count == 1:
+            while not stack:
+                self._load(1)
+            return [stack.pop()]
+        taken: list[B] = []
+        while self._idle and count - len(taken) >= self._span:
+            taken += reversed(self._leave_idle(next(reversed(self._idle))).blocks)
+        missing = count - len(taken)
+        while missing > len(stack):
+            missing -= len(stack)
+            taken += reversed(stack)
+            stack.clear()
+            self._load(missing)
+        if missing:
+            taken += stack[: -missing - 1 : -1]
+            del stack[-missing:]
+        return taken
 
     def take_one(self) -> B:
         """Hand out one block."""
@@ -205,6 +208,8 @@ class ElasticPool(Generic[B]):
 
     def put(self, blocks: Collection[B]) -> None:
         """Take blocks back whose content is of no use."""
+        if not blocks:
+            return
         with self.lock:
             self._stack[:0] = blocks
             self._sorted = False
@@ -212,19 +217,22 @@ class ElasticPool(Generic[B]):
 
     def keep(self, blocks: Collection[B]) -> None:
         """Take blocks back whose content may be asked for again (``reclaim_cached``)."""
+        if not blocks:
+            return
         with self.lock:
-            owner = self._owner
-            now = self._now()
+            owner, lru = self._owner, self._lru
+            now, step = self._now(), self._clock.launched
             last: _Extent[B] | None = None
             for block in blocks:
-                extent = owner[block.block_id]
-                extent.cached[block.block_id] = block
+                number = block.block_id
+                extent = owner[number]
+                extent.cached[number] = block
                 if extent is not last:
                     last = extent
                     extent.used_at = now
-                    extent.quiet_step = self._clock.launched
-                    self._lru[extent] = None
-                    self._lru.move_to_end(extent)
+                    extent.quiet_step = step
+                    lru.pop(extent, None)
+                    lru[extent] = None
             self._cached_blocks += len(blocks)
             self.num_free_blocks += len(blocks)
 
@@ -241,23 +249,24 @@ class ElasticPool(Generic[B]):
                 return
             if extent.state == IDLE:
                 self._stack += self._leave_idle(extent).blocks
-            self._stack.remove(block)
+            stack = self._stack
+            del stack[next(i for i in range(len(stack) - 1, -1, -1) if stack[i] is block)]
 
     def prepare(self, count: int, cached_hits: int = 0) -> None:
         """The engine is about to ask whether ``count`` blocks are free, ``cached_hits`` of them
-        cached ones that it will use as they are. Asks the budget for what is missing."""
-        with self.lock:
-            short = count - cached_hits - (self.num_free_blocks - self._cached_blocks)
-            if short <= 0:
-                return
-            bound = self.policy.cache_bytes
-            if bound is not None:
-                over = self._cached_blocks - bound // self.extents.block_bytes
-                short -= max(0, over - cached_hits)
-            if short > 0:
-                self._reserve(-(-short // self._span))
-            if count > self.num_free_blocks:
-                self._short_blocks = max(self._short_blocks, count - self.num_free_blocks)
+        cached ones that it will use as they are. Asks the budget for what is missing; the caller
+        holds ``lock``."""
+        short = count - cached_hits - (self.num_free_blocks - self._cached_blocks)
+        if short <= 0:
+            return
+        bound = self.policy.cache_bytes
+        if bound is not None:
+            over = self._cached_blocks - bound // self.extents.block_bytes
+            short -= max(0, over - cached_hits)
+        if short > 0:
+            self._reserve(-(-short // self._span))
+        if count > self.num_free_blocks:
+            self._short_blocks = max(self._short_blocks, count - self.num_free_blocks)
 
     def take_shortage(self) -> int:
         """Bytes that the engine asked for and did not get since this was last asked."""
@@ -351,10 +360,10 @@ class ElasticPool(Generic[B]):
             self._grant(0)
 
     def forget_all(self) -> None:
-        """No cached content is of any use; the engine has forgotten it already."""
+        """No cached content is of any use."""
         with self.lock:
             for extent in list(self._lru):
-                self._forget(extent, tell=False)
+                self._forget(extent)
 
     def sleep(self) -> None:
         """All memory is gone, that of the first extent too. No block may be live."""
@@ -362,6 +371,7 @@ class ElasticPool(Generic[B]):
             assert not self.live_blocks, "a pool with live blocks cannot sleep"
             self.settle()
             self.forget_all()
+            self._evict([block for extent in self._idle for block in extent.blocks] + self._stack)
             self._budget.release(self.committed_bytes)
             self._footprint = Footprint(self.extents)
             self._empty = list(range(self.extents.num_extents))
@@ -405,20 +415,20 @@ class ElasticPool(Generic[B]):
                 len(self._extents[index].blocks) for index in in_state[RESIDENT] | in_state[IDLE]
             )
 
-    def _load(self) -> None:
-        """Put more blocks on the stack, which has run out."""
+    def _load(self, wanted: int) -> None:
+        """Put more blocks on the stack, which has run out; at best as many as are wanted."""
         if self._idle:
-            extent = self._leave_idle(next(reversed(self._idle)))
+            self._stack += self._leave_idle(next(reversed(self._idle))).blocks
         elif self._credit:
-            extent = self._grow()
+            self._stack += self._grow().blocks
         else:
             assert self._lru, "more blocks were asked for than num_free_blocks"
-            extent = next(iter(self._lru))
-            self._forget(extent)
-            if extent.state != IDLE:
-                return
-            self._leave_idle(extent)
-        self._stack += extent.blocks
+            while self._lru and len(self._stack) < wanted:
+                extent = self._lru.popitem(last=False)[0]
+                self._stack[:0] = reversed(extent.cached.values())
+                self._cached_blocks -= len(extent.cached)
+                extent.cached.clear()
+            self._sorted = False
 
     def _sort(self) -> dict[_Extent[B], int]:
         """Take extents that are free as a whole off the stack, and put the blocks of the fullest
@@ -482,11 +492,9 @@ class ElasticPool(Generic[B]):
         extent.state = RESIDENT
         return extent
 
-    def _forget(self, extent: _Extent[B], tell: bool = True) -> None:
-        """Make the cached blocks of ``extent`` free."""
+    def _forget(self, extent: _Extent[B]) -> None:
+        """Keep the content of ``extent`` no longer; the engine forgets it when it is reused."""
         blocks = list(extent.cached.values())
-        if tell:
-            self._evict(blocks)
         extent.cached.clear()
         self._cached_blocks -= len(blocks)
         del self._lru[extent]
@@ -498,6 +506,7 @@ class ElasticPool(Generic[B]):
 
     def _leave(self, extent: _Extent[B]) -> int:
         self._leave_idle(extent)
+        self._evict(extent.blocks)
         extent.state = LEAVING
         self._resident_blocks -= len(extent.blocks)
         self.num_free_blocks -= len(extent.blocks)

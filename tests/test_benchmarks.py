@@ -13,6 +13,7 @@ import pytest
 
 from integration.benchmarks import churn, ledger_ops
 from integration.benchmarks.traces import LOADS, Load, Step, Trace, simulated
+from kvcached_vmm.ledger import Ledger
 
 has_vllm = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not has_vllm, reason="vllm is not installed")
@@ -125,7 +126,7 @@ def test_ledger_operations_leave_nothing_in_use(folder: Path) -> None:
     assert all(0 < figure.least_us <= figure.median_us <= figure.p99_us for figure in found)
     assert all(figure.p99_us <= figure.worst_us for figure in found)
     assert found[0].median_us < 20 * ledger_ops.GOAL_US
-    ledger = ledger_ops.Ledger.open(folder, ledger_ops.DEVICE)
+    ledger = Ledger.open(folder, ledger_ops.DEVICE)
     assert ledger.snapshot().accounts == ()
     ledger.close()
 

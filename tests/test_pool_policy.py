@@ -95,7 +95,7 @@ def test_a_prefix_is_kept_for_its_time_to_live_then_its_extent_leaves() -> None:
     assert world.tick(59.0) == []
     assert len(world.cached) == 7
     assert world.tick(1.5) == []
-    assert not world.cached
+    assert world.pool.cached_blocks == 0
     assert world.tick(2.0) == [1]
 
 
@@ -106,7 +106,7 @@ def test_a_prefix_that_is_used_again_is_kept_longer() -> None:
     world.hit(5)
     world.keep([5])
     assert world.tick(20.0) == []
-    assert world.cached == {4, 5, 6, 7}
+    assert world.pool.cached_blocks == 4
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_pool_that_cannot_grow_evicts_what_was_not_used_for_longest() -> None:
         world.time += 1
     assert len(blocks) == 11
     serve(world, 5)
-    assert world.cached == {4, 5, 6, 7}
+    assert world.pool.cached_blocks == 4
 
 
 def test_the_reserve_is_kept_ready_while_requests_run_and_not_after() -> None:
@@ -154,7 +154,7 @@ def test_pressure_takes_idle_extents_first_then_the_oldest_cached_ones() -> None
     world.put([12, 13, 14, 15])
     assert world.reclaim(UNIT) == [3]
     assert world.reclaim(1) == [2]
-    assert world.cached == {4, 5, 6, 7}
+    assert world.pool.cached_blocks == 4
     assert world.reclaim(99 * UNIT) == [1]
     assert world.reclaim(UNIT) == []
 

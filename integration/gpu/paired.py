@@ -1,7 +1,9 @@
 """Two ``vllm serve`` on one GPU at once, plugin off and on, loaded in turns.
 
-One start-up pays for both arms, and what drifts between runs hits both. For a machine that is lent
-for four minutes: see README.md.
+One start-up pays for both arms, and what drifts between runs hits both: for a machine that is lent
+for four minutes. First the same greedy requests to both, then vLLM's benchmark, off, on, off, on,
+as long as time allows. Writes paired.json, paired-tokens.json and paired-logs.txt, again after each
+run.
 """
 
 from __future__ import annotations
@@ -123,7 +125,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--engine-args", type=sizes._json, default={}, help="more arguments for both")
     add("--env", type=sizes._json, default={}, help="more environment for both")
     add("--plugin-env", type=sizes._json, default={}, help="more environment with the plugin on")
-    add("--no-reseed", dest="reseed", action="store_false", help="keep the engine's dummy weights")
+    add(
+        "--no-reseed",
+        dest="reseed",
+        action="store_false",
+        help="dummy weights as they are, no dev mode",
+    )
     add("--requests", type=int, default=48, help="requests whose tokens are compared")
     add("--alone", type=int, default=12, help="of these, how many go one by one")
     add("--longest", type=int, default=1500)
@@ -168,7 +175,7 @@ class Server:
             **({"worker_extension_cls": "integration.gpu.paired.Reseed"} if o.reseed else {}),
             **o.engine_args,
         }
-        extra = {**o.env, "VLLM_SERVER_DEV_MODE": "1"}
+        extra = {**o.env, **({"VLLM_SERVER_DEV_MODE": "1"} if o.reseed else {})}
         if name == "on":
             extra |= {"KVCACHED_DIR": str(self.folder / "ledger"), **o.plugin_env}
         env = environment(name == "on", extra, o.cache / "shared")
@@ -292,7 +299,8 @@ class Session:
                 )
                 # The first of a pair begins only if there is time for both.
                 run["expected_s"] *= 2.0 if name == ARMS[0] else 0.9
-                runs.append({**run, "port": port})
+                whole = {} if name == ARMS[0] else {"only_with": f"{pair}-{ARMS[0]}"}
+                runs.append({**run, "port": port, **whole})
         spec = self.work / "client-spec.json"
         deadline = self.end - 3.0
         write_json(
@@ -347,7 +355,7 @@ class Session:
         with ThreadPoolExecutor(2) as both:
             if "on" in usable:
                 both.submit(self.attempt, "on: tokens", lambda: self.one_pass(usable["on"], "on"))
-            if "off" in self.answers:
+            if "off" in self.answers and self.o.reseed:
                 both.submit(self.attempt, "control", self.control)
         for server in usable.values():
             self.attempt(f"{server.name}: warm-up", lambda server=server: self.warm_up(server))
@@ -439,7 +447,7 @@ class Session:
         """The end of it: memory with the prefix caches that the load left, and without."""
         self.mark("drained", ask=True)
         for server in self.servers.values():
-            if server.usable:
+            if server.usable and self.o.reseed:
                 self.attempt(
                     f"{server.name}: reset",
                     lambda server=server: server.post("/reset_prefix_cache", {}, 1.0),
