@@ -27,6 +27,9 @@ import json, os, runpy, signal, sys
 cases, logs = json.load(open(sys.argv[1])), sys.argv[2]
 import vllm.entrypoints.openai.api_server
 import vllm.entrypoints.launchers.api_server.entry
+import vllm.entrypoints.cli.benchmark.main
+import vllm.entrypoints.cli.launch
+import vllm.entrypoints.cli.serve
 codes = {}
 for name, (variables, command) in cases.items():
     sys.stdout.flush()

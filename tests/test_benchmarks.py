@@ -66,9 +66,7 @@ def test_a_trace_knows_how_many_blocks_it_needs() -> None:
     "prefix_caching",
     [
         False,
-        pytest.param(
-            True, marks=pytest.mark.xfail(reason="core: evicts blocks that vLLM evicts anyway")
-        ),
+        True,
     ],
 )
 def test_taking_and_freeing_cost_about_what_they_cost_in_vllm(prefix_caching: bool) -> None:

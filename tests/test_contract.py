@@ -394,6 +394,7 @@ def test_manifests_inside_a_wheel_are_read_but_never_written(
     package = tmp_path / "lib" / "kvcached_plugins"
     shutil.copytree(tmp_path / "patches", package / "_patches")
     monkeypatch.setattr(contract, "__file__", str(package / "contract.py"))
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
     monkeypatch.syspath_prepend(site)
     monkeypatch.chdir(tmp_path)
     assert contract.supported("vllm") == ("9.1",)
