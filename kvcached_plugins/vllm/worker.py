@@ -15,6 +15,11 @@ from kvcached_plugins.vllm.memory import Progress, WorkerMemory, WorkerReport, d
 from kvcached_plugins.vllm.refusal import Refusal
 from kvcached_vmm.errors import KVCachedError
 from kvcached_vmm.ledger import Ledger
+from kvcached_vmm.units import GIB
+
+CONTEXT_BYTES = GIB
+"""CUDA context, libraries and graphs of one engine, which torch does not count (H200: 0.8 to 1.3
+GiB). Only for a KV size that the user gave, where vLLM measures nothing."""
 
 _serving: WorkerMemory | None = None
 
@@ -86,10 +91,8 @@ def determine_available_memory(original: Callable[..., int], worker: Any) -> int
     if on_gpu:
         used = getattr(worker, "total_consumed", 0) + getattr(worker, "peak_activation_memory", 0)
         if not used:
-            snapshot = copy.copy(worker.init_snapshot)
-            snapshot.measure()
-            used = worker.init_snapshot.free_memory - snapshot.free_memory
-        worker.kvcached_fixed_bytes = max(0, used)
+            used = torch.cuda.memory_reserved(worker.device) + CONTEXT_BYTES
+        worker.kvcached_fixed_bytes = used
     ranks = 1 if on_gpu else worker.parallel_config.world_size
     if settings.maximum_bytes is not None:
         return settings.maximum_bytes // ranks
