@@ -92,6 +92,7 @@ def off(model: Path, home: Path, env: Mapping[str, str]) -> Script:
         "HOME": str(home),
         "XDG_RUNTIME_DIR": str(home),
         "XDG_CACHE_HOME": str(home),
+        "VLLM_CACHE_ROOT": str(Path.home() / ".cache" / "vllm"),
         "KVCACHED_DIR": str(home / "kvcached-ledger"),
         "KVCACHED_BUDGET": "nonsense is nobody's business while we are off",
         "PYTHONPATH": str(home),

@@ -15,6 +15,7 @@ import torch
 
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan, extent_map
+from kvcached_plugins.vllm.refusal import Refusal
 from kvcached_vmm.arena import Arena
 from kvcached_vmm.driver import Driver
 from kvcached_vmm.errors import DriverError
@@ -185,9 +186,9 @@ class WorkerMemory:
                 if time.monotonic() > deadline:
                     # vLLM only logs an exception of a worker whose output nobody reads, and the
                     # others would wait for it for ever: end the process.
-                    logger.critical("kvcached: no memory came in %s s: %s", PATIENCE_SECONDS, error)
-                    raise SystemExit(
-                        f"kvcached: the KV cache cannot get its memory: {error}"
+                    raise Refusal(
+                        f"no memory for the KV cache came in {PATIENCE_SECONDS:.0f} s ({error}) "
+                        "Stop another program on this device, or lower its share."
                     ) from error
                 if not complained:
                     logger.warning("kvcached: waiting for memory for the KV cache: %s", error)
@@ -200,7 +201,9 @@ class WorkerMemory:
             return
         size = Footprint(self.arena.extents)
         wanted = sum(piece.size for extent in extents for piece in size.add(extent))
-        if self._starting.reserve(wanted, wanted) < wanted:
+        granted = self._starting.reserve(wanted, wanted)
+        self._starting.report(0, 0, wanted - granted)
+        if granted < wanted:
             raise DriverError("reserve", f"the ledger has no {format_size(wanted)} to grant")
         self._starting.commit(wanted, wanted)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan, extent_map
-from kvcached_plugins.vllm.memory import Progress, WorkerReport
+from kvcached_plugins.vllm.memory import PATIENCE_SECONDS, Progress, WorkerReport
 from kvcached_plugins.vllm.pool import ElasticBlockPool, ElasticFreeQueue
 from kvcached_plugins.vllm.shares import Shares
 from kvcached_vmm.errors import EngineUnsupported
@@ -91,11 +91,7 @@ class Steward:
         self._next_look = 0.0
         self._waits = False
         self._stopped = threading.Event()
-        deadline = time.monotonic() + 60
-        while not self.pool.wake():
-            if time.monotonic() > deadline:
-                raise EngineUnsupported("No budget for the first extent; stop another engine.")
-            time.sleep(0.01)
+        self._get_first_extent()
         capacity = min(limit // extents.block_bytes, extents.num_blocks - 1)
         block_pool.bind(self.pool, max(1, capacity), int(getattr(manager, "watermark_blocks", 0)))
         logger.info(
@@ -168,8 +164,7 @@ class Steward:
 
     def wake(self) -> None:
         """vLLM is about to wake: its null block needs memory first."""
-        while not self.pool.wake():
-            time.sleep(0.01)
+        self._get_first_extent()
         self._executor.collective_rpc("kvcached_wake")
 
     def close(self) -> None:
@@ -180,6 +175,19 @@ class Steward:
                 if self._runs_worker:
                     self._executor.driver_worker.worker.kvcached.close()
                 self._budget.close()
+
+    def _get_first_extent(self) -> None:
+        """Wait until neighbours have made room for the null block."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not self.pool.wake():
+            self._budget.report(0, 0, self.pool.extents.largest_bytes)
+            if time.monotonic() > deadline:
+                raise EngineUnsupported(
+                    f"The budget had no room for one extent in {PATIENCE_SECONDS:.0f} s; stop another "
+                    "engine or raise KVCACHED_BUDGET."
+                )
+            time.sleep(0.01)
+        self._budget.report(0, 0, 0)
 
     def _driver_free_bytes(self) -> Callable[[], int]:
         """A foreign process on the device shrinks what we may grant, whatever the ledger says."""
