@@ -183,7 +183,7 @@ class Steward:
             self._budget.report(0, 0, self.pool.extents.largest_bytes)
             if time.monotonic() > deadline:
                 raise EngineUnsupported(
-                    f"The budget had no room for one extent in {PATIENCE_SECONDS:.0f} s; stop another "
+                    f"The budget had no room for an extent in {PATIENCE_SECONDS:.0f} s; stop an "
                     "engine or raise KVCACHED_BUDGET."
                 )
             time.sleep(0.01)
