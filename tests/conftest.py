@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from faults import PAGE
 from hypothesis import HealthCheck, settings
 
 from kvcached_vmm.host_driver import HostDriver
@@ -17,8 +18,6 @@ settings.register_profile(
 )
 settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
-
-PAGE = 4096
 
 
 @pytest.fixture

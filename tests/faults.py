@@ -11,6 +11,9 @@ from pathlib import Path
 from kvcached_vmm.driver import DeviceMemory, Driver
 from kvcached_vmm.errors import DriverError, OutOfMemory
 
+PAGE = 4096
+"""Bytes of the smallest mapping in most tests."""
+
 Fault = Callable[[str, int], bool]
 """Whether a call fails, from its kind and its number; calls are numbered from 1."""
 

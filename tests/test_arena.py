@@ -6,8 +6,7 @@ import contextlib
 from collections.abc import Callable
 
 import pytest
-from conftest import PAGE
-from faults import AccessProbe, Fault, FaultyDriver, at_random, content, every, fill, nth_call
+from faults import PAGE, AccessProbe, Fault, FaultyDriver, at_random, content, every, fill, nth_call
 from faults import open_files as count_open_files
 from hypothesis import settings
 from hypothesis import strategies as st

@@ -13,8 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import PAGE
-from faults import AccessProbe, content, fill, open_files
+from faults import PAGE, AccessProbe, content, fill, open_files
 
 from kvcached_vmm.driver import DeviceMemory
 from kvcached_vmm.errors import DriverError, OutOfMemory

@@ -6,7 +6,7 @@ import random
 from collections import deque
 
 import pytest
-from conftest import PAGE
+from faults import PAGE
 from test_pool import World
 
 from kvcached_vmm.extents import ExtentMap, Region

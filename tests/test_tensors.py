@@ -8,8 +8,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from conftest import PAGE
-from faults import content, fill
+from faults import PAGE, content, fill
 
 from kvcached_vmm.arena import Arena
 from kvcached_vmm.extents import ExtentMap, Region
