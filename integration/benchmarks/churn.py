@@ -11,13 +11,13 @@ the default one. The figure is the sum over all steps of committed blocks over t
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from integration.gpu.record import MemorySampler, facts, write_json
 from kvcached_vmm.extents import EXTENT_BYTES, ExtentMap, Region, blocks_per_extent
 from kvcached_vmm.fence import StepClock
 from kvcached_vmm.pool import ElasticPool, Policy
@@ -146,7 +146,7 @@ def main() -> int:
         figures.append({"scenario": asdict(scenario), "committed_over_live": round(ratio, 4)})
         print(f"{scenario.name:20s} committed/live {ratio:.3f} (goal: at most {GOAL})")
     if options.json:
-        options.json.write_text(json.dumps({"goal": GOAL, "figures": figures}, indent=1) + "\n")
+        write_json(options.json, {**facts(MemorySampler()), "goal": GOAL, "figures": figures})
     return 0 if all(figure["committed_over_live"] <= GOAL for figure in figures) else 1
 
 
