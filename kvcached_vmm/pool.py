@@ -223,16 +223,18 @@ class ElasticPool(Generic[B]):
             owner, lru = self._owner, self._lru
             now, step = self._now(), self._clock.launched
             last: _Extent[B] | None = None
+            cached: dict[int, B] = {}
             for block in blocks:
                 number = block.block_id
                 extent = owner[number]
-                extent.cached[number] = block
                 if extent is not last:
                     last = extent
+                    cached = extent.cached
                     extent.used_at = now
                     extent.quiet_step = step
-                    lru.pop(extent, None)
                     lru[extent] = None
+                    lru.move_to_end(extent)
+                cached[number] = block
             self._cached_blocks += len(blocks)
             self.num_free_blocks += len(blocks)
 
