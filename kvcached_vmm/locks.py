@@ -63,11 +63,6 @@ def open_private(path: Path) -> int:
     return fd
 
 
-def lock(fd: int, byte: int) -> None:
-    """Wait for the lock on a byte of the file and take it."""
-    fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _record(fcntl.F_WRLCK, byte))
-
-
 def try_lock(fd: int, byte: int) -> bool:
     """Take the lock on a byte unless another open file holds it."""
     try:

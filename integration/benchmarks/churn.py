@@ -63,7 +63,7 @@ class _Request:
     blocks: list[Block] = field(default_factory=list)
 
 
-class _Plenty:
+class Plenty:
     """A budget that never runs out."""
 
     def reserve(self, wanted_bytes: int, unit_bytes: int) -> int:
@@ -102,7 +102,7 @@ def churn(
     pool = ElasticPool(
         [Block(index) for index in range(count)],
         ExtentMap(count, [region], 2 * MIB, span),
-        _Plenty(),
+        Plenty(),
         clock,
         lambda blocks: None,
         policy or Policy(),

@@ -24,8 +24,7 @@ from typing import NamedTuple
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-from integration.benchmarks.churn import BLOCK_BYTES
-from integration.benchmarks.churn import _Plenty as Plenty
+from integration.benchmarks.churn import BLOCK_BYTES, Plenty
 from integration.benchmarks.traces import BLOCK_TOKENS, LOADS, Trace, recorded, simulated
 from integration.gpu.record import MemorySampler, facts, write_json
 from kvcached_plugins.vllm.pool import ElasticBlockPool, ElasticFreeQueue

@@ -7,12 +7,17 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan, extent_map
-from kvcached_plugins.vllm.memory import PATIENCE_SECONDS, Progress, WorkerReport
+from kvcached_plugins.vllm.memory import (
+    PATIENCE_SECONDS,
+    Progress,
+    WorkerMemory,
+    WorkerReport,
+)
 from kvcached_plugins.vllm.pool import ElasticBlockPool, ElasticFreeQueue
 from kvcached_plugins.vllm.shares import Shares
 from kvcached_vmm.errors import EngineUnsupported
@@ -48,7 +53,10 @@ class Steward:
         config = core.vllm_config
         self._core = core
         self._executor = core.model_executor
-        self._runs_worker = type(self._executor).__name__ == "UniProcExecutor"
+        in_process = type(self._executor).__name__ == "UniProcExecutor"
+        self._local: WorkerMemory | None = (
+            self._executor.driver_worker.worker.kvcached if in_process else None
+        )
         reports: list[WorkerReport] = self._executor.collective_rpc("kvcached_start")
         name = settings.name or str(
             config.model_config.served_model_name or config.model_config.model
@@ -58,16 +66,14 @@ class Steward:
                 (self._join(settings, name, device, reports), ranks)
                 for device, ranks in Counter(report.device for report in reports).items()
             ],
-            self._driver_free_bytes() if self._runs_worker else None,
+            self._driver_free_bytes if self._local else None,
         )
         manager = scheduler.kv_cache_manager
         block_pool: ElasticBlockPool = manager.block_pool
         self.clock = StepClock()
         kv_cache_config = scheduler.kv_cache_config
         plan: Plan = getattr(kv_cache_config, ATTRIBUTE)
-        extents = extent_map(
-            kv_cache_config, getattr(kv_cache_config, ATTRIBUTE), reports[0].granularity
-        )
+        extents = extent_map(kv_cache_config, plan, reports[0].granularity)
         reserve = settings.reserve_bytes
         limit = self._budget.limit_bytes()
         _refuse_small_limit(limit, extents, plan.request_bytes)
@@ -172,8 +178,8 @@ class Steward:
         with self.pool.lock:
             if not self._stopped.is_set():
                 self._stopped.set()
-                if self._runs_worker:
-                    self._executor.driver_worker.worker.kvcached.close()
+                if self._local is not None:
+                    self._local.close()
                 self._budget.close()
 
     def _get_first_extent(self) -> None:
@@ -189,10 +195,10 @@ class Steward:
             time.sleep(0.01)
         self._budget.report(0, 0, 0)
 
-    def _driver_free_bytes(self) -> Callable[[], int]:
+    def _driver_free_bytes(self) -> int:
         """A foreign process on the device shrinks what we may grant, whatever the ledger says."""
-        driver = self._executor.driver_worker.worker.kvcached.driver
-        return lambda: int(driver.memory().free_bytes)
+        assert self._local is not None
+        return self._local.driver.memory().free_bytes
 
     def _confirm(self, step: int) -> None:
         """What was ordered before ``step`` has been released."""
@@ -245,7 +251,7 @@ class Steward:
         if moment < self._next_look and not self._budget.wanted_by_others():
             return
         self._next_look = moment + min(1.0, max(0.05, self.pool.policy.decay_seconds / 4))
-        if self._runs_worker:
+        if self._local is not None:
             self.idle()
         else:
             self._call_from_main_thread()
