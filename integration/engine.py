@@ -143,6 +143,24 @@ def kv_bytes(pid: int) -> int:
     return sum(largest.values())
 
 
+class ArenaFiles:
+    """The memfds behind the KV ranges of a process and its descendants, for readings that follow
+    one another within microseconds."""
+
+    def __init__(self, pid: int) -> None:
+        found: dict[int, str] = {}
+        for process in family(pid):
+            for entry in Path(f"/proc/{process.pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if _ARENA in str(entry.readlink()):
+                        found[entry.stat().st_ino] = str(entry)
+        self._paths = tuple(found.values())
+
+    def size_bytes(self) -> int:
+        """Bytes of memory that the files have now."""
+        return sum(os.stat(path).st_blocks * 512 for path in self._paths)
+
+
 class Server:
     """One `vllm` API server with its engine core and worker processes, in a session of its own."""
 

@@ -22,13 +22,24 @@ from integration.conftest import (
     holding,
     random_prompt,
 )
-from integration.engine import BLOCK_TOKENS, MIB, Request, Server, needs_vllm, wait_until
+from integration.engine import (
+    BLOCK_TOKENS,
+    MIB,
+    ArenaFiles,
+    Request,
+    Server,
+    needs_vllm,
+    wait_until,
+)
 from kvcached_vmm.ledger import Ledger
 
 pytestmark = [pytest.mark.engine, needs_vllm]
 
 SETTLE_S = 3.0
 """How long a loaded two-core machine may take beyond the times that were asked for."""
+
+MOMENT_S = 0.002
+"""A reading of two servers that took longer is of no one moment. It takes 20 us by itself."""
 
 
 def burst(count: int, *, seed: int, size: int = 700, output: int = 40) -> list[Request]:
@@ -152,25 +163,31 @@ def test_two_servers_take_turns_within_one_budget(pair: Pair) -> None:
     """Bursts that each want more than half of the budget move memory from one to the other."""
     ledger = Ledger.open(pair.folder, "host")
     requests = burst(18, seed=8, size=900, output=24)
-    peaks = {pair.plain.process.pid: 0, pair.caching.process.pid: 0}
+    files = {server: ArenaFiles(server.process.pid) for server in (pair.plain, pair.caching)}
+    peaks = dict.fromkeys(files, 0)
 
     def promised() -> int:
         return ledger.snapshot().used_bytes
 
     def resident() -> int:
-        """Not more than what both held at one moment: the first is read on both sides of it."""
-        before, other = pair.plain.kv_bytes(), pair.caching.kv_bytes()
-        after = pair.plain.kv_bytes()
-        for server, size_bytes in ((pair.plain, after), (pair.caching, other)):
-            pid = server.process.pid
-            peaks[pid] = max(peaks[pid], size_bytes)
-        return min(before, after) + other
+        """What both hold at one moment; 0 for a reading that took too long to be of one moment.
+
+        Memory that has moved from one to the other in between would count twice: the first one is
+        read on both sides of the second.
+        """
+        began = time.monotonic()
+        before, other = files[pair.plain].size_bytes(), files[pair.caching].size_bytes()
+        after = files[pair.plain].size_bytes()
+        peaks[pair.plain] = max(peaks[pair.plain], after)
+        peaks[pair.caching] = max(peaks[pair.caching], other)
+        at_once = time.monotonic() - began < MOMENT_S
+        return min(before, after) + other if at_once else 0
 
     try:
         assert ledger.snapshot().budget_bytes == BUDGET_BYTES
         names = {account.name for account in ledger.snapshot().accounts}
         assert names == {"plain", "caching"}
-        with sampled(promised) as in_ledger, sampled(resident) as in_kernel:
+        with sampled(promised) as in_ledger, sampled(resident, 0.01) as in_kernel:
             expected = pair.plain.complete_all(requests)
             for server in (pair.caching, pair.plain, pair.caching):
                 assert server.complete_all(requests) == expected
@@ -185,7 +202,8 @@ def test_two_servers_take_turns_within_one_budget(pair: Pair) -> None:
 
     assert max(in_ledger) <= BUDGET_BYTES
     assert max(in_kernel) <= BUDGET_BYTES
-    assert min(peaks.values()) > BUDGET_BYTES // 2, f"peaks in MiB: {peaks.values()} / {MIB}"
+    assert len([size for size in in_kernel if size]) > len(in_kernel) // 2
+    assert min(peaks.values()) > BUDGET_BYTES // 2, f"peaks: {list(peaks.values())} bytes"
 
 
 def test_a_second_engine_gets_what_the_first_one_only_keeps_cached(
