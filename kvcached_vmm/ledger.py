@@ -2,25 +2,30 @@
 
 An engine joins with an ``Account``. It reserves bytes before it commits memory, so that the sum of
 what is reserved and committed never exceeds the budget, whatever the interleaving. A lock on the
-header serialises grants; a lock on each record shows that its owner is alive. Both vanish with the
+header serialises writers; a lock on each record shows that its owner is alive. Both vanish with the
 process that held them, and with them whatever it had: a record whose lock is free is collected by
-whoever looks next.
+whoever looks next. Readers take no lock.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
 import threading
 import time
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
+from kvcached_vmm import records
+from kvcached_vmm.bell import Bell
 from kvcached_vmm.errors import LedgerError
+from kvcached_vmm.fairness import Claim, claim_of, fair_shares
 from kvcached_vmm.locks import (
     FileMutex,
     is_locked,
@@ -29,74 +34,16 @@ from kvcached_vmm.locks import (
     try_lock,
     unlock,
 )
+from kvcached_vmm.records import AccountView, Counters, LedgerView, Record, Terms, Use, Who
 from kvcached_vmm.units import format_size
 
-_MAGIC = b"KVLEDGER"
-_VERSION = 1
-_SLOTS = 256
-_HEADER = struct.Struct("<8sIIqII")
-"""Magic, version, slots, budget in bytes, whether a user set it, records ever used."""
-_RECORD = struct.Struct("<qd64sqqdqqqqqqd")
-"""See ``_Record``. Process id 0: nobody's."""
-_USE = struct.Struct("<qqqqqqd")
-_USE_AT = _RECORD.size - _USE.size
-_GRANT = struct.Struct("<q72xqq8xqqq128x")
-"""A record of ``_SPACE`` bytes as far as granting looks at it, for one pass over all of them."""
-_SPACE = 256
-"""Bytes of the header and of each record, with room to grow."""
-_SIZE = _SPACE * (1 + _SLOTS)
-_NO_LIMIT = 1 << 62
+CALM_SECONDS = 1.0
+"""How long the most that an engine needed counts as what it needs: shares do not swing with every
+step of it."""
 
-
-class _Record(NamedTuple):
-    pid: int
-    joined: float
-    name: bytes
-    minimum: int
-    maximum: int
-    weight: float
-    committed: int
-    reserved: int
-    fixed: int
-    live: int
-    cached: int
-    wanted: int
-    waiting_since: float
-
-
-@dataclass(frozen=True)
-class AccountView:
-    """One engine in the ledger; sizes in bytes, times in seconds since the epoch.
-
-    ``waiting_since`` is 0 while ``wanted_bytes`` is."""
-
-    name: str
-    pid: int
-    joined: float
-    minimum_bytes: int
-    maximum_bytes: int
-    weight: float
-    committed_bytes: int
-    reserved_bytes: int
-    fixed_bytes: int
-    live_bytes: int
-    cached_bytes: int
-    wanted_bytes: int
-    waiting_since: float
-
-
-@dataclass(frozen=True)
-class LedgerView:
-    """The ledger at one moment."""
-
-    device: str
-    budget_bytes: int
-    accounts: tuple[AccountView, ...]
-
-    @property
-    def used_bytes(self) -> int:
-        """What is committed or reserved, by all."""
-        return sum(account.committed_bytes + account.reserved_bytes for account in self.accounts)
+SUFFIX = ".ledger"
+_READ_ATTEMPTS = 64
+_COUNT = struct.Struct("<Q")
 
 
 class Ledger:
@@ -105,13 +52,16 @@ class Ledger:
     Safe to use from several threads.
     """
 
-    def __init__(self, device: str, fd: int) -> None:
+    def __init__(self, device: str, path: Path, fd: int) -> None:
         self.device = device
+        self.path = path
         self._fd = fd
-        self._map = mmap.mmap(fd, _SIZE)
+        self._map = mmap.mmap(fd, records.FILE_BYTES)
         self._threads = threading.Lock()
-        self._processes = FileMutex(fd)
+        self._writing = _Writing(path, fd, self._map)
         self._own: int | None = None
+        self._read: dict[int, tuple[bytes, Record]] = {}
+        self.bell = Bell(self._map, records.BELL_AT)
         _open_ledgers.add(self)
 
     @classmethod
@@ -121,12 +71,12 @@ class Ledger:
         Raises:
             LedgerError: the directory or file is not ours alone, or is not a ledger we understand.
         """
-        path = private_directory(directory) / f"{device}.ledger"
+        path = private_directory(directory) / f"{device}{SUFFIX}"
         fd = open_private(path)
         try:
             with FileMutex(fd):
                 _make_or_check(path, fd)
-            return cls(device, fd)
+            return cls(device, path, fd)
         except OSError as error:
             os.close(fd)
             raise LedgerError(f"The ledger {path} cannot be used: {error.strerror}.") from error
@@ -140,11 +90,29 @@ class Ledger:
             self._close()
 
     def snapshot(self) -> LedgerView:
-        """Who is there and what they use. Records of dead processes are collected on the way."""
-        with self._threads, self._processes:
-            self._collect()
-            accounts = tuple(_view(self._record(slot)) for slot in self._used())
-            return LedgerView(self.device, self._header()[3], accounts)
+        """Who is there and what they use, all at one moment. The records of the dead are collected.
+
+        Raises:
+            LedgerError: a record is damaged, or the ledger is closed.
+        """
+        with self._threads:
+            if self._fd < 0:
+                raise LedgerError(f"The ledger {self.path} is closed.")
+            for _ in range(_READ_ATTEMPTS):
+                before = self._changes()
+                with contextlib.suppress(LedgerError):
+                    view = self._view()
+                    if before % 2 == 0 and before == self._changes():
+                        break
+            else:
+                with self._writing:
+                    self._collect()
+                    view = self._view()
+            if any(self._is_dead(account.slot) for account in view.accounts):
+                with self._writing:
+                    self._collect()
+                    view = self._view()
+            return view
 
     def join(
         self,
@@ -154,6 +122,9 @@ class Ledger:
         maximum_bytes: int | None = None,
         weight: float = 1.0,
         default_budget_bytes: int = 0,
+        cache_bytes: int | None = None,
+        engine: str = "",
+        arena_bytes: int = 0,
     ) -> Account:
         """Take a record for this process.
 
@@ -164,11 +135,14 @@ class Ledger:
             maximum_bytes: never granted to us beyond it; None: no limit but the budget.
             weight: share of the budget under pressure, against the others' weights.
             default_budget_bytes: the budget if no user sets one; fixed bytes count against it.
+            cache_bytes: what cached blocks may hold; None: no bound. For the engine to honour.
+            engine: what it is, for people.
+            arena_bytes: addresses that its KV cache has, for people.
 
         Raises:
             LedgerError: full, another budget in use, or the minimum is not to be had.
         """
-        with self._threads, self._processes:
+        with self._threads, self._writing:
             if self._own is not None:
                 raise ValueError("an open ledger serves one account")
             self._collect()
@@ -182,59 +156,206 @@ class Ledger:
                     f"KVCACHED_BUDGET is {format_size(budget_bytes)}, but engines that run on "
                     f"{self.device} share {format_size(budget)}; use that value or stop them first."
                 )
-            promised = sum(self._record(slot).minimum for slot in used)
-            if promised + minimum_bytes > budget:
-                raise LedgerError(
-                    f"KVCACHED_MIN of {format_size(minimum_bytes)} cannot be guaranteed: "
-                    f"{format_size(promised)} of the budget of {format_size(budget)} on "
-                    f"{self.device} are promised to other engines; lower it."
-                )
-            free = (slot for slot in range(_SLOTS) if not self._record(slot).pid)
+            terms = _terms(0, minimum_bytes, maximum_bytes, weight, cache_bytes, 0)
+            self._check_guarantees(None, terms.minimum)
+            free = (slot for slot in range(records.SLOTS) if not self._pid(slot))
             slot = next((slot for slot in free if try_lock(self._fd, 1 + slot)), None)
             if slot is None:
-                raise LedgerError(f"The ledger of {self.device} is full: {_SLOTS} engines use it.")
-            maximum = _NO_LIMIT if maximum_bytes is None else maximum_bytes
-            label = name.encode(errors="replace")[:63]
-            who = (os.getpid(), time.time(), label, minimum_bytes, maximum, weight)
-            _RECORD.pack_into(self._map, _SPACE * (1 + slot), *who, 0, 0, 0, 0, 0, 0, 0.0)
+                raise LedgerError(
+                    f"The ledger of {self.device} is full: {records.SLOTS} engines use it."
+                )
+            who = Who(
+                os.getpid(),
+                os.stat("/proc/self/ns/pid").st_ino,
+                psutil.Process().create_time(),
+                time.time(),
+                name.encode(errors="replace")[:63],
+                engine.encode(errors="replace")[:15],
+            )
+            account = Account(self, slot, terms, Use(arena=arena_bytes, heartbeat=time.monotonic()))
+            self._write(slot, records.TERMS[0], terms)
+            self._write(slot, records.TERMS[1], terms)
+            self._write(slot, records.COUNTERS, _flat(Counters()))
+            account._save()
+            self._write(slot, records.WHO, who)
             self._map[28:32] = struct.pack("<I", max(self._header()[5], slot + 1))
             self._own = slot
-            return Account(self, slot)
+            return account
+
+    def set_terms(
+        self,
+        account: AccountView,
+        *,
+        minimum_bytes: int | None = None,
+        maximum_bytes: int | None = None,
+        weight: float | None = None,
+        cache_bytes: int | None = None,
+        no_maximum: bool = False,
+        no_cache_bound: bool = False,
+        trim: bool = False,
+    ) -> None:
+        """Change what an engine may have, from now on. What is None stays as it is.
+
+        Args:
+            account: whose terms, from a snapshot.
+            no_maximum: the budget is the only limit again.
+            no_cache_bound: cached blocks may hold anything again.
+            trim: ask it to give back all that it can spare.
+
+        Raises:
+            LedgerError: the engine has left, or the guarantees would exceed the budget, or the
+                minimum its maximum.
+        """
+        with self._threads, self._writing:
+            record = self._record(account.slot) if self._pid(account.slot) else None
+            if record is None or (record.who.pid, record.who.joined) != (
+                account.pid,
+                account.joined,
+            ):
+                raise LedgerError(f"{account.name} has left the ledger of {self.device}.")
+            old = record.terms
+            new = Terms(
+                old.version + 1,
+                old.minimum if minimum_bytes is None else minimum_bytes,
+                records.NO_LIMIT
+                if no_maximum
+                else old.maximum
+                if maximum_bytes is None
+                else maximum_bytes,
+                old.weight if weight is None else weight,
+                -1 if no_cache_bound else old.cache if cache_bytes is None else cache_bytes,
+                old.trims + trim,
+            )
+            if new.minimum > new.maximum:
+                raise LedgerError(
+                    f"A minimum of {format_size(new.minimum)} is more than the maximum of "
+                    f"{format_size(new.maximum)}; raise that first."
+                )
+            self._check_guarantees(account.slot, new.minimum)
+            self._write(account.slot, records.TERMS[new.version % 2], new)
+            self._writing.epoch += 1
+        self.bell.ring()
 
     def _header(self) -> tuple[bytes, int, int, int, int, int]:
-        return _HEADER.unpack_from(self._map)
+        return records.HEADER.unpack_from(self._map)
 
-    def _record(self, slot: int) -> _Record:
-        return _Record._make(_RECORD.unpack_from(self._map, _SPACE * (1 + slot)))
+    def _changes(self) -> int:
+        return int(_COUNT.unpack_from(self._map, records.CHANGES_AT)[0])
+
+    def _pid(self, slot: int) -> int:
+        return int(_COUNT.unpack_from(self._map, _at(slot))[0])
+
+    def _record(self, slot: int) -> Record:
+        at = _at(slot)
+        raw = self._map[at : at + records.RECORD_BYTES]
+        known = self._read.get(slot)
+        if known is not None and known[0] == raw:
+            return known[1]
+        record = records.parse(raw)
+        if record is None:
+            raise LedgerError(
+                f"Record {slot} of the ledger {self.path} is damaged; stop the engines on "
+                f"{self.device} and delete the file, or set KVCACHED_DIR to another folder."
+            )
+        self._read[slot] = raw, record
+        return record
+
+    def _write(self, slot: int, section: records.Section, values: tuple[object, ...]) -> None:
+        raw = section.pack(values)
+        at = _at(slot) + section.at
+        self._map[at : at + len(raw)] = raw
 
     def _used(self) -> Iterator[int]:
-        records = range(min(self._header()[5], _SLOTS))
-        return (slot for slot in records if self._record(slot).pid)
+        return (slot for slot in range(min(self._header()[5], records.SLOTS)) if self._pid(slot))
+
+    def _view(self) -> LedgerView:
+        accounts = tuple(records.view(slot, self._record(slot)) for slot in self._used())
+        _, _, _, budget, set_by_user, _ = self._header()
+        return LedgerView(self.device, budget, bool(set_by_user), accounts)
+
+    def _check_guarantees(self, slot: int | None, minimum: int) -> None:
+        budget = self._header()[3]
+        others = sum(self._record(each).terms.minimum for each in self._used() if each != slot)
+        if others + minimum > budget:
+            raise LedgerError(
+                f"A minimum of {format_size(minimum)} cannot be guaranteed: {format_size(others)} "
+                f"of the budget of {format_size(budget)} on {self.device} are promised to other "
+                "engines; lower it (KVCACHED_MIN)."
+            )
+
+    def _is_dead(self, slot: int) -> bool:
+        return slot != self._own and not is_locked(self._fd, 1 + slot)
 
     def _collect(self) -> None:
         """Free the records whose owners are gone: nobody holds their lock."""
         for slot in self._used():
-            if slot != self._own and not is_locked(self._fd, 1 + slot):
+            if self._is_dead(slot):
                 self._erase(slot)
 
     def _erase(self, slot: int) -> None:
-        at = _SPACE * (1 + slot)
-        self._map[at : at + _SPACE] = bytes(_SPACE)
+        self._writing.epoch += 1
+        at = _at(slot)
+        self._map[at : at + records.RECORD_BYTES] = bytes(records.RECORD_BYTES)
 
     def _close(self) -> None:
         if self._fd >= 0:
             self._map.close()
             os.close(self._fd)
-            self._fd = -1
+            self._fd = self._writing.fd = -1
+
+
+class _Writing:
+    """Alone among writers, in a ``with``. Readers notice; a count that a dead writer left odd is
+    mended. ``epoch`` changes when anybody else has written in between."""
+
+    def __init__(self, path: Path, fd: int, shared: mmap.mmap) -> None:
+        self.fd = fd
+        self.epoch = 0
+        self._path = path
+        self._processes = FileMutex(fd)
+        self._map = shared
+        self._changes = -1
+
+    def __enter__(self) -> None:
+        if self.fd < 0:
+            raise LedgerError(f"The ledger {self._path} is closed.")
+        self._processes.__enter__()
+        changes = _COUNT.unpack_from(self._map, records.CHANGES_AT)[0]
+        if changes != self._changes:
+            self.epoch += 1
+        self._changes = (changes | 1) + 1
+        _COUNT.pack_into(self._map, records.CHANGES_AT, changes | 1)
+
+    def __exit__(self, *_: object) -> None:
+        _COUNT.pack_into(self._map, records.CHANGES_AT, self._changes)
+        self._processes.__exit__()
+
+
+class _Others(NamedTuple):
+    """Sums over the other accounts, good until somebody else writes."""
+
+    epoch: int
+    kept: int
+    fixed: int
+    reserved: int
+    wait: bool
 
 
 class Account:
-    """One engine's record. Made by ``Ledger.join``; gone when the process is, or by ``close``."""
+    """One engine's record. Made by ``Ledger.join``; gone when the process is, or by ``close``.
 
-    def __init__(self, ledger: Ledger, slot: int) -> None:
+    Safe to use from several threads.
+    """
+
+    def __init__(self, ledger: Ledger, slot: int, terms: Terms, use: Use) -> None:
+        self.slot = slot
         self._ledger = ledger
-        self._slot = slot
-        self._at = _SPACE * (1 + slot) + _USE_AT
+        self._at = _at(slot) + records.USE.at
+        self._terms_read = b"", terms
+        self._use = use
+        self._committed = self._reserved = 0
+        self._peak_at = 0.0
+        self._others = _Others(-1, 0, 0, 0, False)
 
     @property
     def budget_bytes(self) -> int:
@@ -242,12 +363,27 @@ class Account:
         return self._ledger._header()[3]
 
     @property
+    def terms(self) -> Terms:
+        """What this engine may have now; others can change it at any time."""
+        at = _at(self.slot)
+        raw = self._ledger._map[at + records.TERMS_AT : at + records.USE.at]
+        if raw != self._terms_read[0]:
+            found = records.terms_in_force(self._ledger._map[at : at + records.RECORD_BYTES])
+            self._terms_read = raw, found or self._terms_read[1]
+        return self._terms_read[1]
+
+    @property
     def limit_bytes(self) -> int:
         """What this engine may use when it is alone."""
-        return min(self._ledger._record(self._slot).maximum, self.budget_bytes)
+        return min(self.terms.maximum, self.budget_bytes)
 
-    def reserve(self, wanted_bytes: int, unit_bytes: int = 1, free_bytes: int = _NO_LIMIT) -> int:
+    def reserve(
+        self, wanted_bytes: int, unit_bytes: int = 1, free_bytes: int = records.NO_LIMIT
+    ) -> int:
         """Grant up to ``wanted_bytes``, in whole units, from what nobody uses or was promised.
+
+        While another engine waits that has less than its fair share, one that has its own gets
+        nothing more.
 
         Args:
             wanted_bytes: how much is wanted.
@@ -258,21 +394,27 @@ class Account:
             Bytes granted, maybe 0. They count as used until committed or cancelled.
         """
         ledger = self._ledger
-        with ledger._threads, ledger._processes:
+        with ledger._threads, ledger._writing:
             grant = self._grant(wanted_bytes, unit_bytes, free_bytes)
             if grant < wanted_bytes:
                 ledger._collect()
                 grant = self._grant(wanted_bytes, unit_bytes, free_bytes)
             if grant:
-                self._add(reserved=grant)
+                self._reserved += grant
+                self._save_sums()
+                if self._use.wanted:
+                    self._use = self._use._replace(wanted=max(0, self._use.wanted - grant))
+                    self._save()
             return grant
 
     def commit(self, granted_bytes: int, used_bytes: int) -> None:
         """Turn ``granted_bytes`` of grants into ``used_bytes`` of memory; give the rest back."""
-        assert used_bytes <= granted_bytes
+        assert used_bytes <= granted_bytes <= self._reserved
         ledger = self._ledger
-        with ledger._threads, ledger._processes:
-            self._add(committed=used_bytes, reserved=-granted_bytes)
+        with ledger._threads, ledger._writing:
+            self._committed += used_bytes
+            self._reserved -= granted_bytes
+            self._save_sums()
 
     def cancel(self, granted_bytes: int) -> None:
         """Give grants back unused."""
@@ -280,110 +422,213 @@ class Account:
 
     def release(self, used_bytes: int) -> None:
         """Memory is no longer in use."""
+        assert used_bytes <= self._committed
         ledger = self._ledger
-        with ledger._threads, ledger._processes:
-            self._add(committed=-used_bytes)
-
-    def report(self, live_bytes: int, cached_bytes: int, wanted_bytes: int = 0) -> None:
-        """Tell the others what the committed bytes are good for, and how many more we need."""
-        ledger = self._ledger
-        with ledger._threads, ledger._processes:
-            use = list(_USE.unpack_from(ledger._map, self._at))
-            use[3:6] = live_bytes, cached_bytes, wanted_bytes
-            use[6] = (use[6] or time.time()) if wanted_bytes else 0.0
-            _USE.pack_into(ledger._map, self._at, *use)
+        with ledger._threads, ledger._writing:
+            self._committed -= used_bytes
+            self._save_sums()
 
     def fix(self, fixed_bytes: int) -> None:
         """Tell the others how much of the budget weights and activations take, for good."""
         ledger = self._ledger
-        with ledger._threads, ledger._processes:
-            use = list(_USE.unpack_from(ledger._map, self._at))
-            use[2] = fixed_bytes
-            _USE.pack_into(ledger._map, self._at, *use)
+        with ledger._threads, ledger._writing:
+            self._use = self._use._replace(fixed=fixed_bytes)
+            self._save()
 
-    def wanted_by_others(self) -> int:
-        """Bytes that other engines need and do not get. Reads without the lock, so that it may be
-        asked often."""
+    def report(
+        self,
+        live_bytes: int,
+        cached_bytes: int,
+        wanted_bytes: int = 0,
+        *,
+        coveted_bytes: int = 0,
+        idle_bytes: int = 0,
+        leaving_bytes: int = 0,
+        evictable_bytes: int = 0,
+        ages: Sequence[float] = (),
+        counters: Counters | None = None,
+    ) -> None:
+        """Tell the others what the committed bytes are good for, and how many more we need.
+
+        See ``AccountView`` for what each means. A need that is new rings the bell.
+        """
+        ledger, use, now = self._ledger, self._use, time.monotonic()
+        hungry = wanted_bytes + coveted_bytes > use.wanted + use.coveted
+        with ledger._threads, ledger._writing:
+            use = self._use
+            demand = self._committed + self._reserved - idle_bytes - leaving_bytes + wanted_bytes
+            if not wanted_bytes:
+                demand -= cached_bytes
+            if demand >= use.demand or now - self._peak_at > CALM_SECONDS:
+                self._peak_at = now
+            else:
+                demand = use.demand
+            self._use = use._replace(
+                live=live_bytes,
+                cached=cached_bytes,
+                evictable=evictable_bytes,
+                idle=idle_bytes,
+                leaving=leaving_bytes,
+                wanted=wanted_bytes,
+                coveted=coveted_bytes,
+                demand=max(0, demand),
+                waiting_since=(use.waiting_since or time.time()) if wanted_bytes else 0.0,
+                heartbeat=now,
+                ages=tuple(ages) or (0.0,) * records.AGES,
+            )
+            self._save()
+            if counters is not None:
+                ledger._write(self.slot, records.COUNTERS, _flat(counters))
+        if hungry:
+            ledger.bell.ring()
+
+    def others_wait(self) -> bool:
+        """Whether another engine needs bytes that it does not get. Cheap; reads without the lock
+        and may be out of date by an instant."""
         ledger = self._ledger
-        return sum(ledger._record(slot).wanted for slot in ledger._used() if slot != self._slot)
+        for slot in ledger._used():
+            if slot != self.slot:
+                with contextlib.suppress(LedgerError):
+                    use = ledger._record(slot).use
+                    if use.wanted or use.coveted:
+                        return True
+        return False
+
+    def fair_share_bytes(self) -> int:
+        """What is due to this engine while others wait, if it wants all that it can get."""
+        ledger = self._ledger
+        with ledger._threads, ledger._writing:
+            return self._fair_share(ledger._view().capacity_bytes)
 
     def view(self) -> LedgerView:
         """The whole ledger, now."""
         return self._ledger.snapshot()
+
+    def wait_for_bell(self, heard: int, timeout_s: float) -> int:
+        """Wait as ``Bell.wait`` does; returns what to pass as ``heard`` next. -1 when closed."""
+        ledger = self._ledger
+        ledger.bell.wait(heard, timeout_s)
+        with ledger._threads:
+            return ledger.bell.rings if ledger._fd >= 0 else -1
 
     def close(self) -> None:
         """Leave the ledger. May be called again."""
         ledger = self._ledger
         with ledger._threads:
             if ledger._fd >= 0:
-                with ledger._processes:
-                    ledger._erase(self._slot)
-                    unlock(ledger._fd, 1 + self._slot)
+                with ledger._writing:
+                    ledger._erase(self.slot)
+                    unlock(ledger._fd, 1 + self.slot)
+                ledger.bell.ring()
                 ledger._close()
 
-    def _add(self, committed: int = 0, reserved: int = 0) -> None:
-        ledger = self._ledger
-        had_committed, had_reserved, *rest = _USE.unpack_from(ledger._map, self._at)
-        committed += had_committed
-        reserved += had_reserved
-        assert committed >= 0
-        assert reserved >= 0
-        _USE.pack_into(ledger._map, self._at, committed, reserved, *rest)
+    def _save(self) -> None:
+        *plain, ages = self._use
+        plain[:2] = self._committed, self._reserved
+        self._ledger._write(self.slot, records.USE, (*plain, *ages))
+
+    def _save_sums(self) -> None:
+        """The two figures that change all the time, without the others."""
+        records.rewrite_sums(self._ledger._map, self._at, self._committed, self._reserved)
 
     def _grant(self, wanted: int, unit: int, free: int) -> int:
         ledger = self._ledger
-        _, _, _, budget, set_by_user, records = ledger._header()
-        others = own = most = 0
-        used = memoryview(ledger._map)[_SPACE : _SPACE * (1 + min(records, _SLOTS))]
-        with used:
-            for slot, (pid, minimum, maximum, committed, reserved, fixed) in enumerate(
-                _GRANT.iter_unpack(used)
-            ):
-                if not pid:
-                    continue
-                free -= reserved
-                if not set_by_user:
-                    others += fixed
-                if slot == self._slot:
-                    own, most = committed + reserved, maximum
-                else:
-                    others += max(committed + reserved, minimum)
-        room = min(budget - others - own, most - own, wanted, free)
+        _, _, _, budget, set_by_user, _ = ledger._header()
+        others = self._others
+        if others.epoch != ledger._writing.epoch:
+            others = self._others = self._look_at_others()
+        own = self._committed + self._reserved
+        capacity = budget if set_by_user else budget - others.fixed - self._use.fixed
+        room = min(
+            wanted,
+            capacity - others.kept - own,
+            self.terms.maximum - own,
+            free - others.reserved - self._reserved,
+        )
+        if others.wait and room > 0:
+            room = min(room, self._fair_share(capacity) - own)
         return max(0, room // unit * unit)
+
+    def _look_at_others(self) -> _Others:
+        ledger = self._ledger
+        kept = fixed = reserved = 0
+        wait = False
+        for slot in ledger._used():
+            if slot != self.slot:
+                _, terms, use, _ = ledger._record(slot)
+                kept += max(use.committed + use.reserved, terms.minimum)
+                fixed += use.fixed
+                reserved += use.reserved
+                wait = wait or use.wanted > 0
+        return _Others(ledger._writing.epoch, kept, fixed, reserved, wait)
+
+    def _fair_share(self, capacity: int) -> int:
+        """What is ours when we want all that we can get."""
+        accounts = self._ledger._view().accounts
+        claims = [
+            Claim(each.weight, each.minimum_bytes, max(capacity, each.minimum_bytes))
+            if each.slot == self.slot
+            else claim_of(each)
+            for each in accounts
+        ]
+        shares = fair_shares(capacity, claims)
+        return next(
+            share for share, each in zip(shares, accounts, strict=True) if each.slot == self.slot
+        )
+
+
+def devices(directory: str | Path) -> list[str]:
+    """The devices that have a ledger in ``directory``, which need not exist; it is not changed."""
+    try:
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise LedgerError(f"The folder {directory} cannot be read: {error.strerror}.") from error
+    return [name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)]
+
+
+def _at(slot: int) -> int:
+    return records.HEADER_BYTES + slot * records.RECORD_BYTES
+
+
+def _terms(
+    version: int,
+    minimum: int,
+    maximum: int | None,
+    weight: float,
+    cache: int | None,
+    trims: int,
+) -> Terms:
+    return Terms(
+        version,
+        minimum,
+        records.NO_LIMIT if maximum is None else maximum,
+        weight,
+        -1 if cache is None else cache,
+        trims,
+    )
+
+
+def _flat(counters: Counters) -> tuple[object, ...]:
+    return tuple(vars(counters).values())
 
 
 def _make_or_check(path: Path, fd: int) -> None:
     size = os.fstat(fd).st_size
-    head = os.pread(fd, _HEADER.size, 0).ljust(_HEADER.size, b"\0")
-    if size in (0, _SIZE) and not any(head):
-        os.ftruncate(fd, _SIZE)
-        os.pwrite(fd, _HEADER.pack(_MAGIC, _VERSION, _SLOTS, 0, 0, 0), 0)
+    head = os.pread(fd, records.HEADER.size, 0).ljust(records.HEADER.size, b"\0")
+    if size in (0, records.FILE_BYTES) and not any(head):
+        os.ftruncate(fd, records.FILE_BYTES)
+        first = records.HEADER.pack(records.MAGIC, records.VERSION, records.SLOTS, 0, 0, 0)
+        os.pwrite(fd, first, 0)
         return
-    magic, version, slots, budget, _, records = _HEADER.unpack(head)
-    known = (magic, version, slots, size) == (_MAGIC, _VERSION, _SLOTS, _SIZE)
-    if not known or records > _SLOTS or budget < 0:
+    magic, version, slots, budget, _, used = records.HEADER.unpack(head)
+    known = (records.MAGIC, records.VERSION, records.SLOTS, records.FILE_BYTES)
+    if (magic, version, slots, size) != known or used > records.SLOTS or budget < 0:
         raise LedgerError(
             f"{path} is not a ledger that this version understands; stop the engines that use it "
             "and delete it, or set KVCACHED_DIR to another folder."
         )
-
-
-def _view(record: _Record) -> AccountView:
-    return AccountView(
-        name=record.name.rstrip(b"\0").decode(errors="replace"),
-        pid=record.pid,
-        joined=record.joined,
-        minimum_bytes=record.minimum,
-        maximum_bytes=record.maximum,
-        weight=record.weight,
-        committed_bytes=record.committed,
-        reserved_bytes=record.reserved,
-        fixed_bytes=record.fixed,
-        live_bytes=record.live,
-        cached_bytes=record.cached,
-        wanted_bytes=record.wanted,
-        waiting_since=record.waiting_since,
-    )
 
 
 _open_ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()

@@ -113,7 +113,7 @@ def test_whoever_comes_when_all_have_left_sets_the_budget(engines: Engines) -> N
 
 def test_guarantees_that_do_not_fit_are_refused(engines: Engines, onlooker: Ledger) -> None:
     engines(minimum_bytes=60 * MIB)
-    with pytest.raises(LedgerError, match="KVCACHED_MIN of 50 MiB cannot be guaranteed: 60 MiB"):
+    with pytest.raises(LedgerError, match="minimum of 50 MiB cannot be guaranteed: 60 MiB"):
         engines(minimum_bytes=50 * MIB)
     assert len(onlooker.snapshot().accounts) == 1
     engines(minimum_bytes=40 * MIB)

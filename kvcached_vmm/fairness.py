@@ -1,0 +1,123 @@
+"""Who may have how much when there is not enough for all, and who gives back what.
+
+Pure functions of the ledger: every engine computes its own part from the same figures, so nobody
+has to be told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from kvcached_vmm.records import AGES, AccountView, LedgerView
+
+SILENCE_SECONDS = 1.0
+"""An engine reports every 0.1 s at least, unless it is stopped or its machine is overloaded."""
+
+
+class Claim(NamedTuple):
+    """``floor`` bytes are due whatever happens, more than ``cap`` are of no use."""
+
+    weight: float
+    floor: int
+    cap: int
+
+
+def fair_shares(total: int, claims: Sequence[Claim]) -> list[int]:
+    """Divide ``total`` bytes: all rise together, by their weights, until each has its cap.
+
+    What one does not need goes to the others (weighted max-min fairness). Floors are met first.
+    """
+    shares = [claim.floor for claim in claims]
+    left = total - sum(shares)
+    steps = sorted(
+        (level, opens, index)
+        for index, (weight, floor, cap) in enumerate(claims)
+        if cap > floor
+        for level, opens in ((floor / weight, 1), (cap / weight, 0))
+    )
+    rising: set[int] = set()
+    height = 0.0
+    for level, opens, index in steps:
+        width = sum(claims[each].weight for each in rising)
+        risen = min(level - height, left / width if width else level - height)
+        for each in rising:
+            shares[each] += int(risen * claims[each].weight)
+        left -= int(risen * width)
+        if left <= 0:
+            break
+        height = level
+        if opens:
+            rising.add(index)
+        else:
+            rising.discard(index)
+            shares[index] = claims[index].cap
+    return shares
+
+
+def claim_of(account: AccountView) -> Claim:
+    """What an engine is due, and needs."""
+    most = account.demand_bytes
+    if account.maximum_bytes is not None:
+        most = min(most, account.maximum_bytes)
+    return Claim(account.weight, account.minimum_bytes, max(most, account.minimum_bytes))
+
+
+def debts(view: LedgerView, now: float) -> Mapping[int, int]:
+    """Bytes that each engine, by its slot, should give back now, so that those who wait are served.
+
+    First what holds no content, from the engine furthest above its fair share on; then cached
+    blocks, those that were used longest ago first, whoever has them. An engine that could evict
+    cached blocks of its own gets only older ones. Guarantees hold, and live blocks are not touched.
+    Who has not reported for a while, as ``now`` on the monotonic clock tells, is not counted on.
+    """
+    shares = fair_shares(view.capacity_bytes, [claim_of(each) for each in view.accounts])
+    share_of = {each.slot: share for each, share in zip(view.accounts, shares, strict=True)}
+    wanted, coveted, older_than = _needs(view.accounts, share_of)
+    need = wanted + coveted - view.free_bytes
+    owed: dict[int, int] = {}
+    if need <= 0:
+        return owed
+    spare = {
+        each.slot: max(0, each.used_bytes - each.minimum_bytes)
+        for each in view.accounts
+        if not each.wanted_bytes and now - each.heartbeat < SILENCE_SECONDS
+    }
+
+    def owe(slot: int, size_bytes: int) -> None:
+        nonlocal need
+        part = max(0, min(size_bytes, spare[slot], need))
+        if part:
+            owed[slot] = owed.get(slot, 0) + part
+            spare[slot] -= part
+            need -= part
+
+    givers = [each for each in view.accounts if each.slot in spare]
+    for giver in sorted(givers, key=lambda each: share_of[each.slot] - each.used_bytes):
+        owe(giver.slot, giver.idle_bytes)
+    firm = wanted - view.free_bytes - sum(owed.values())
+    parcels = sorted(
+        (used_at, giver.slot, -(-giver.evictable_bytes // AGES))
+        for giver in givers
+        for used_at in giver.ages
+        if giver.evictable_bytes
+    )
+    for used_at, slot, size_bytes in parcels:
+        if firm <= 0 and used_at >= older_than:
+            break
+        owe(slot, size_bytes)
+        firm -= size_bytes
+    return owed
+
+
+def _needs(accounts: Iterable[AccountView], share_of: Mapping[int, int]) -> tuple[int, int, float]:
+    """What is wanted within fair shares, what is coveted, and since when unused cache may go."""
+    wanted = coveted = 0
+    older_than = 0.0
+    for account in accounts:
+        due = share_of[account.slot] - account.used_bytes
+        wanted += max(0, min(account.wanted_bytes, due))
+        if account.coveted_bytes:
+            coveted += account.coveted_bytes
+            older_than = max(older_than, account.ages[0])
+    return wanted, coveted, older_than
