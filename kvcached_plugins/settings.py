@@ -51,6 +51,7 @@ class Settings:
         budget_bytes: KVCACHED_BUDGET, what all engines on the device may use for KV together.
         maximum_bytes: KVCACHED_MAX, what this engine may use.
         minimum_bytes: KVCACHED_MIN, what this engine is always sure of.
+        weight: KVCACHED_WEIGHT, this engine's share while several wait, against the others'.
         cache_bytes: KVCACHED_CACHE_MAX, how much prefix cache is kept before new blocks evict it.
         cache_seconds: KVCACHED_CACHE_TTL, how long a prefix that nobody asks for is kept.
         decay_seconds: KVCACHED_DECAY, how long memory without content is kept for reuse.
@@ -64,6 +65,7 @@ class Settings:
     budget_bytes: int | None
     maximum_bytes: int | None
     minimum_bytes: int
+    weight: float
     cache_bytes: int | None
     cache_seconds: float
     decay_seconds: float
@@ -85,6 +87,7 @@ class Settings:
             budget_bytes=_optional(env, "KVCACHED_BUDGET", _positive_size, _SIZE),
             maximum_bytes=_optional(env, "KVCACHED_MAX", _positive_size, _SIZE),
             minimum_bytes=_optional(env, "KVCACHED_MIN", parse_size, _SIZE) or 0,
+            weight=_optional(env, "KVCACHED_WEIGHT", parse_weight, WEIGHTS) or 1.0,
             cache_bytes=_optional(env, "KVCACHED_CACHE_MAX", parse_size, _SIZE),
             cache_seconds=_seconds(env, "KVCACHED_CACHE_TTL", CACHE_SECONDS),
             decay_seconds=_seconds(env, "KVCACHED_DECAY", 0.5),
@@ -120,6 +123,7 @@ def default_directory(environment: Mapping[str, str]) -> Path:
         ) from None
 
 
+WEIGHTS = "a number from 0.01 to 100"
 _SIZE = "a size such as 512MiB or 2GiB"
 
 
@@ -143,6 +147,18 @@ def _seconds(env: Mapping[str, str], variable: str, default: float) -> float:
 def _duration(text: str) -> float:
     value = float(text)
     if not 0 <= value < math.inf:
+        raise ValueError
+    return value
+
+
+def parse_weight(text: str) -> float:
+    """A share against other engines'.
+
+    Raises:
+        ValueError: not a number, or out of bounds.
+    """
+    value = float(text)
+    if not 0.01 <= value <= 100:
         raise ValueError
     return value
 

@@ -117,7 +117,9 @@ def _needs(accounts: Iterable[AccountView], share_of: Mapping[int, int]) -> tupl
     for account in accounts:
         due = share_of[account.slot] - account.used_bytes
         wanted += max(0, min(account.wanted_bytes, due))
-        if account.coveted_bytes:
-            coveted += account.coveted_bytes
+        most = account.maximum_bytes
+        room = account.coveted_bytes if most is None else most - account.used_bytes
+        if account.coveted_bytes and room > 0:
+            coveted += min(account.coveted_bytes, room)
             older_than = max(older_than, account.ages[0])
     return wanted, coveted, older_than

@@ -21,11 +21,12 @@ import threading
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 from kvcached_vmm.extents import ExtentMap, Footprint
 from kvcached_vmm.fence import StepClock
+from kvcached_vmm.records import AGES
 
 EMPTY, RESIDENT, IDLE, LEAVING = range(4)
 
@@ -80,6 +81,18 @@ class Policy:
     cache_seconds: float = 60.0
     cache_bytes: int | None = None
     reserve_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a pool's committed bytes are good for; see ``records.AccountView``."""
+
+    live_bytes: int
+    cached_bytes: int
+    evictable_bytes: int
+    idle_bytes: int
+    leaving_bytes: int
+    ages: tuple[float, ...]
 
 
 B = TypeVar("B", bound=Block)
@@ -150,7 +163,13 @@ class ElasticPool(Generic[B]):
         self._credit = 0
         self._credit_blocks = 0
         self._looked = -1.0
-        self._short_blocks = 0
+        self._leaving = 0
+        self._short_blocks = self._coveted_blocks = 0
+        self._evictable: list[float] = []
+        self.limit_bytes = extents.size_bytes
+        """``admits`` as long as what is live stays below."""
+        self.share_bytes: int | None = None
+        """Likewise while other engines wait, but then one request is always admitted."""
         self.num_free_blocks = 0
         """Blocks that can be handed out now without asking anybody: free, cached, and granted."""
         self.wake()
@@ -169,6 +188,49 @@ class ElasticPool(Generic[B]):
     def committed_bytes(self) -> int:
         """Bytes of extents that have memory, or whose release is under way."""
         return self._footprint.bytes
+
+    @property
+    def capacity_blocks(self) -> int:
+        """How many blocks could be live at most."""
+        limit = self.limit_bytes // self.extents.block_bytes
+        return max(1, min(limit, self.extents.num_blocks - 1))
+
+    def spending(self) -> Spending:
+        """What the committed bytes are good for; how old cached extents are, as of the last look.
+
+        Ages are the times at which extents without live blocks were last used, oldest first: one
+        for each eighth of them.
+        """
+        with self.lock:
+            block, ages = self.extents.block_bytes, self._evictable
+            return Spending(
+                self.live_blocks * block,
+                self._cached_blocks * block,
+                len(ages) * self._unit,
+                len(self._idle) * self._unit,
+                self._leaving * self._unit,
+                tuple(ages[len(ages) * part // AGES] for part in range(AGES)) if ages else (),
+            )
+
+    def bound_cache(self, cache_bytes: int | None) -> None:
+        """Cached blocks may hold this much from now on; None: no bound."""
+        if cache_bytes != self.policy.cache_bytes:
+            self.policy = replace(self.policy, cache_bytes=cache_bytes)
+            self._looked = -1.0
+
+    def admits(self, count: int) -> bool:
+        """Whether a request that needs ``count`` blocks may begin, as far as limits are concerned.
+
+        A request that may not is counted as one that waits for memory.
+        """
+        live = self.live_blocks
+        held = (live + count) * self.extents.block_bytes
+        if held > self.limit_bytes:
+            return False
+        if live and self.share_bytes is not None and held > self.share_bytes:
+            self._short_blocks = max(self._short_blocks, count)
+            return False
+        return True
 
     @property
     def has_spare(self) -> bool:
@@ -266,15 +328,20 @@ class ElasticPool(Generic[B]):
             over = self._cached_blocks - bound // self.extents.block_bytes
             short -= max(0, over - cached_hits)
         if short > 0:
-            self._reserve(-(-short // self._span))
+            short = min(short, (len(self._empty) - self._credit) * self._span)
+            short -= self._reserve(-(-short // self._span)) * self._span
+            self._coveted_blocks = max(self._coveted_blocks, short)
         if count > self.num_free_blocks:
             self._short_blocks = max(self._short_blocks, count - self.num_free_blocks)
 
-    def take_shortage(self) -> int:
-        """Bytes that the engine asked for and did not get since this was last asked."""
+    def take_shortage(self) -> tuple[int, int]:
+        """Bytes that were asked for and not granted since this was last asked: those that requests
+        wait for, and those that cached blocks made up for."""
         with self.lock:
-            short, self._short_blocks = self._short_blocks, 0
-            return -(-short // self._span) * self._unit
+            short, coveted = self._short_blocks, self._coveted_blocks
+            self._short_blocks = self._coveted_blocks = 0
+            wanted = -(-short // self._span) * self._unit
+            return wanted, max(0, -(-coveted // self._span) * self._unit - wanted)
 
     def settle(self) -> list[int]:
         """A scheduling round is over: give unused grants back.
@@ -312,7 +379,8 @@ class ElasticPool(Generic[B]):
                     if oldest.used_at + self.policy.cache_seconds > now:
                         break
                     self._forget(oldest)
-                self._sort()
+                self._heed_bound()
+                self._note_evictable(self._sort())
             due = now - self.policy.decay_seconds
             spare = len(self._idle)
             if self.live_blocks:
@@ -337,7 +405,7 @@ class ElasticPool(Generic[B]):
                 if len(extent.cached) + free_blocks.get(extent, 0) == len(extent.blocks):
                     self._forget(extent)
                     spare += self._own_bytes(extent)
-            self._sort()
+            self._note_evictable(self._sort())
             leaving: list[int] = []
             for extent in list(self._idle):
                 if wanted_bytes <= 0:
@@ -355,6 +423,7 @@ class ElasticPool(Generic[B]):
                 extent = self._extents[index]
                 assert extent.state == LEAVING
                 extent.state = EMPTY
+                self._leaving -= 1
                 heapq.heappush(self._empty, index)
                 self._footprint.remove(index)
             self._budget.release(before - self._footprint.bytes)
@@ -380,7 +449,8 @@ class ElasticPool(Generic[B]):
                 extent.state = EMPTY
             self._stack.clear()
             self._idle.clear()
-            self._resident_blocks = self.num_free_blocks = 0
+            self._resident_blocks = self.num_free_blocks = self._leaving = 0
+            self._evictable = []
 
     def wake(self) -> bool:
         """Ask for the memory of the first extent; False if the budget has none to grant now."""
@@ -451,6 +521,22 @@ class ElasticPool(Generic[B]):
         self._sorted = True
         return {self._extents[index]: -count for count, index, _ in partly}
 
+    def _heed_bound(self) -> None:
+        """Forget the oldest cached extents beyond what cached blocks may hold."""
+        bound = self.policy.cache_bytes
+        if bound is not None:
+            most = bound // self.extents.block_bytes
+            while self._cached_blocks > most:
+                self._forget(next(iter(self._lru)))
+
+    def _note_evictable(self, free_blocks: dict[_Extent[B], int]) -> None:
+        """Remember when the cached extents that could be given back were last used."""
+        self._evictable = [
+            extent.used_at
+            for extent in self._lru
+            if len(extent.cached) + free_blocks.get(extent, 0) == len(extent.blocks)
+        ]
+
     def _own_bytes(self, extent: _Extent[B]) -> int:
         """Bytes that the driver gets back with ``extent``, whatever its neighbours do."""
         return sum(piece.size for piece in self.extents.pieces(extent.index)[0])
@@ -466,11 +552,14 @@ class ElasticPool(Generic[B]):
         self.num_free_blocks += len(extent.blocks)
         return extent
 
-    def _reserve(self, extents: int) -> None:
+    def _reserve(self, extents: int) -> int:
+        """Ask the budget for ``extents`` more; returns how many it granted."""
         wanted = min(extents, len(self._empty) - self._credit)
-        if wanted > 0:
-            granted = self._budget.reserve(wanted * self._unit, self._unit)
-            self._grant(granted // self._unit)
+        if wanted <= 0:
+            return 0
+        granted = self._budget.reserve(wanted * self._unit, self._unit) // self._unit
+        self._grant(granted)
+        return granted
 
     def _grant(self, extents: int) -> None:
         """Count granted extents in or out. The lowest go first, so only the last can be short."""
@@ -509,6 +598,7 @@ class ElasticPool(Generic[B]):
         self._leave_idle(extent)
         self._evict(extent.blocks)
         extent.state = LEAVING
+        self._leaving += 1
         self._resident_blocks -= len(extent.blocks)
         self.num_free_blocks -= len(extent.blocks)
         return extent.index

@@ -101,7 +101,7 @@ class Use(NamedTuple):
     ages: tuple[float, ...] = (0.0,) * AGES
 
 
-@dataclass(frozen=True)
+@dataclass
 class Counters:
     """What has happened since an engine joined: counts of extents and of events, and seconds."""
 

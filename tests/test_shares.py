@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kvcached_plugins.vllm.shares import Shares
+from kvcached_plugins.shares import Shares
+from kvcached_vmm import records
 from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.pool import Spending
 from kvcached_vmm.units import MIB
 
 
@@ -68,10 +70,37 @@ def test_commit_and_release_reach_every_device(accounts: dict[str, Account]) -> 
     assert all(account.view().used_bytes == 0 for account in accounts.values())
 
 
-def test_what_neighbours_want_counts_for_each_worker(
+def test_what_neighbours_are_owed_counts_for_each_worker(
+    accounts: dict[str, Account], tmp_path: Path
+) -> None:
+    shares = Shares([(accounts["GPU-a"], 2)])
+    shares.commit(shares.reserve(50 * MIB, MIB), 50 * MIB)
+    idle = Spending(0, 0, 0, idle_bytes=50 * MIB, leaving_bytes=0, ages=())
+    shares.report(idle, wanted_bytes=0, coveted_bytes=0)
+    neighbour = Ledger.open(tmp_path / "ledgers", "GPU-a").join("neighbour", None)
+    assert not shares.others_wait()
+    neighbour.report(live_bytes=0, cached_bytes=0, wanted_bytes=9 * MIB)
+    assert shares.others_wait()
+    assert shares.owed_bytes() == 9 * MIB // 2
+    neighbour.close()
+
+
+def test_a_damaged_ledger_grants_nothing_and_raises_nothing(
     accounts: dict[str, Account], tmp_path: Path
 ) -> None:
     neighbour = Ledger.open(tmp_path / "ledgers", "GPU-a").join("neighbour", None)
-    neighbour.report(live_bytes=0, cached_bytes=0, wanted_bytes=9 * MIB)
-    assert Shares([(accounts["GPU-a"], 2)]).wanted_by_others() == 9 * MIB // 2
+    shares = Shares([(accounts["GPU-a"], 1), (accounts["GPU-b"], 1)])
+    assert shares.reserve(8 * MIB, MIB) == 8 * MIB
+    shares.cancel(8 * MIB)
+    file = tmp_path / "ledgers" / "GPU-a.ledger"
+    with file.open("r+b") as raw:
+        raw.seek(records.HEADER_BYTES + neighbour.slot * records.RECORD_BYTES + records.USE.at)
+        raw.write(b"\xff" * 16)
+    neighbour.fix(1)
+    assert shares.reserve(8 * MIB, MIB) == 8 * MIB, "its owner has mended it"
+    with file.open("r+b") as raw:
+        raw.seek(records.HEADER_BYTES + neighbour.slot * records.RECORD_BYTES + records.WHO.at + 9)
+        raw.write(b"\xff" * 16)
+    neighbour.fix(2)
+    assert shares.reserve(8 * MIB, MIB) == 0
     neighbour.close()

@@ -101,7 +101,7 @@ def elastic_pool(num_blocks: int, prefix_caching: bool) -> tuple[BlockPool, Call
     elastic.prepare(num_blocks - 1)
     elastic.put(elastic.take(num_blocks - 1))
     elastic.tick()
-    pool.bind(elastic, num_blocks - 1, 0)
+    pool.bind(elastic, 0)
 
     def step_hooks() -> None:
         nonlocal seconds

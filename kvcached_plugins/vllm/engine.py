@@ -96,17 +96,26 @@ def executor_wake_up(
 
 
 def get_num_blocks_to_allocate(
-    original: Callable[..., int], coordinator: Any, *args: Any, **kwargs: Any
+    original: Callable[..., int], coordinator: Any, request_id: str, *args: Any, **kwargs: Any
 ) -> int:
-    """vLLM is about to compare this number with the free blocks: get the budget for it."""
-    count = original(coordinator, *args, **kwargs)
+    """vLLM is about to compare this number with the free blocks: get the budget for it.
+
+    A request that holds nothing yet and would take the engine beyond its limit, or beyond its fair
+    share while others wait, is told that it needs everything: it waits.
+    """
+    count = original(coordinator, request_id, *args, **kwargs)
     pool = coordinator.block_pool
     elastic = getattr(pool, "elastic", None)
-    if elastic is not None and 0 < count < pool.num_gpu_blocks:
-        hits = sum(
-            block.ref_cnt == 0 and not block.is_null
-            for group in kwargs.get("new_computed_blocks") or ()
-            for block in group
-        )
-        elastic.prepare(count + pool.margin_blocks, hits)
+    if elastic is None or not 0 < count < pool.num_gpu_blocks:
+        return count
+    hits = sum(
+        block.ref_cnt == 0 and not block.is_null
+        for group in kwargs.get("new_computed_blocks") or ()
+        for block in group
+    )
+    managers = coordinator.single_type_managers
+    is_new = not any(manager.req_to_blocks.get(request_id) for manager in managers)
+    if is_new and not elastic.admits(count):
+        return int(pool.num_gpu_blocks)
+    elastic.prepare(count + pool.margin_blocks, hits)
     return count

@@ -36,10 +36,12 @@ PATIENCE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a worker's device is: the last step that is done, and extents yet to be released."""
+    """How far a worker's device is: the last step that is done, extents yet to be released, and
+    seconds that driver calls have taken so far."""
 
     done_step: int
     waiting_extents: int
+    driver_seconds: float
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class WorkerMemory:
         self._quarantine = Quarantine(self._mark)
         self._last_mark: Mark | None = None
         self._launched_step = self._done_step = 0
+        self.driver_seconds = 0.0
         self._starting: Account | None = Ledger.open(settings.directory, self.driver.device).join(
             f"{settings.name or 'vllm'} (starting)",
             settings.budget_bytes,
@@ -123,7 +126,7 @@ class WorkerMemory:
             self._last_mark = self._mark()
             self._release(overdue_step=orders.step - 1)
             if orders.commit:
-                with contextlib.suppress(DriverError):
+                with contextlib.suppress(DriverError), self._timed():
                     self.arena.commit(orders.commit)
 
     def obey(self, orders: Orders) -> Progress:
@@ -133,7 +136,7 @@ class WorkerMemory:
             self._release(overdue_step=0)
             if self._last_mark is not None and self._last_mark.query():
                 self._done_step, self._last_mark = self._launched_step, None
-            return Progress(self._done_step, len(self._quarantine))
+            return Progress(self._done_step, len(self._quarantine), self.driver_seconds)
 
     def start(self) -> WorkerReport:
         """Start-up is over: keep the first extent only, and leave the accounts to the engine."""
@@ -168,10 +171,19 @@ class WorkerMemory:
         with self._lock:
             self._commit({0})
 
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.driver_seconds += time.perf_counter() - began
+
     def _release(self, overdue_step: int) -> None:
         quiet = self._quarantine.take(overdue_step)
         if quiet:
-            self.arena.decommit(quiet)
+            with self._timed():
+                self.arena.decommit(quiet)
 
     def _commit(self, extents: set[int]) -> None:
         """Commit, waiting for memory that others hold; the process ends if none comes."""
@@ -180,7 +192,8 @@ class WorkerMemory:
         while True:
             try:
                 self._account_for(extents)
-                self.arena.commit(extents)
+                with self._timed():
+                    self.arena.commit(extents)
                 return
             except DriverError as error:
                 if time.monotonic() > deadline:

@@ -29,19 +29,16 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
 
     elastic: ElasticFreeQueue | None = None
     margin_blocks = 0
-    _capacity_blocks = 0
 
-    def bind(self, pool: ElasticFreeQueue, capacity_blocks: int, margin_blocks: int) -> None:
+    def bind(self, pool: ElasticFreeQueue, margin_blocks: int) -> None:
         """Hand out blocks by ``pool`` from now on.
 
         Args:
             pool: an elastic pool over ``self.blocks``.
-            capacity_blocks: how many live blocks make a usage of 1.
             margin_blocks: free blocks that vLLM wants left over when it admits a request.
         """
         self.elastic = pool
         self.margin_blocks = margin_blocks
-        self._capacity_blocks = capacity_blocks
         self.free_block_queue = pool
 
     def evict(self, blocks: list[KVCacheBlock]) -> None:
@@ -52,7 +49,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
     def get_usage(self) -> float:
         if self.elastic is None:
             return float(super().get_usage())
-        return min(1.0, self.elastic.live_blocks / self._capacity_blocks)
+        return min(1.0, self.elastic.live_blocks / self.elastic.capacity_blocks)
 
     def reset_prefix_cache(self) -> bool:
         if self.elastic is None:

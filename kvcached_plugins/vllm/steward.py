@@ -7,10 +7,12 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from kvcached_plugins.settings import Settings
+from kvcached_plugins.shares import Shares
+from kvcached_plugins.tenant import Tenant
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan, extent_map
 from kvcached_plugins.vllm.memory import (
     PATIENCE_SECONDS,
@@ -19,10 +21,11 @@ from kvcached_plugins.vllm.memory import (
     WorkerReport,
 )
 from kvcached_plugins.vllm.pool import ElasticBlockPool, ElasticFreeQueue
-from kvcached_plugins.vllm.shares import Shares
-from kvcached_vmm.errors import EngineUnsupported
+from kvcached_vmm.driver import Driver
+from kvcached_vmm.errors import EngineUnsupported, KVCachedError
 from kvcached_vmm.extents import ExtentMap
 from kvcached_vmm.fence import StepClock
+from kvcached_vmm.host_driver import HostDriver
 from kvcached_vmm.ledger import Account, Ledger
 from kvcached_vmm.pool import Policy
 from kvcached_vmm.units import format_size
@@ -39,11 +42,23 @@ there: a commit in front of a step costs time to first token."""
 QUIET_SECONDS = 0.1
 """An engine that has not launched a step for this long does not release memory beside its steps."""
 
-ASK_SECONDS = 0.02
-"""How often an engine looks whether another one waits for memory."""
+LOOK_SECONDS = 0.05
+"""How often the reclaimer thread looks by itself; the ledger's bell wakes it earlier."""
 
-REPORT_SECONDS = 0.05
-"""How often the ledger learns what our bytes are good for."""
+HEARTBEAT_SECONDS = 0.2
+"""How often an idle engine shows that it would answer (``fairness.SILENCE_SECONDS``)."""
+
+FRESH_SECONDS = 0.005
+"""How old what the driver says is free may be: asking takes 10 us on a GPU, 100 us on a host."""
+
+
+class _Leaving(NamedTuple):
+    """Extents whose release was ordered with ``step``; ``owed_at`` is when others were owed them,
+    0 if they were not."""
+
+    step: int
+    extents: Sequence[int]
+    owed_at: float
 
 
 class Steward:
@@ -61,28 +76,28 @@ class Steward:
         name = settings.name or str(
             config.model_config.served_model_name or config.model_config.model
         )
-        self._budget = Shares(
-            [
-                (self._join(settings, name, device, reports), ranks)
-                for device, ranks in Counter(report.device for report in reports).items()
-            ],
-            self._driver_free_bytes if self._local else None,
-        )
-        manager = scheduler.kv_cache_manager
-        block_pool: ElasticBlockPool = manager.block_pool
-        self.clock = StepClock()
         kv_cache_config = scheduler.kv_cache_config
         plan: Plan = getattr(kv_cache_config, ATTRIBUTE)
         extents = extent_map(kv_cache_config, plan, reports[0].granularity)
+        self._shares = Shares(
+            [
+                (_join(settings, name, device, reports, extents.size_bytes), ranks)
+                for device, ranks in Counter(report.device for report in reports).items()
+            ],
+            self._free_bytes(reports),
+        )
+        manager = scheduler.kv_cache_manager
+        self._block_pool: ElasticBlockPool = manager.block_pool
+        self.clock = StepClock()
         reserve = settings.reserve_bytes
-        limit = self._budget.limit_bytes()
+        limit = self._shares.limit_bytes()
         _refuse_small_limit(limit, extents, plan.request_bytes)
         self.pool = ElasticFreeQueue(
-            block_pool.blocks,
+            self._block_pool.blocks,
             extents,
-            self._budget,
+            self._shares,
             self.clock,
-            block_pool.evict,
+            self._block_pool.evict,
             Policy(
                 decay_seconds=settings.decay_seconds,
                 cache_seconds=settings.cache_seconds,
@@ -92,14 +107,12 @@ class Steward:
                 else reserve,
             ),
         )
-        self._leaving: deque[tuple[int, Sequence[int]]] = deque()
-        self._reported = self._launched_at = self._asked = 0.0
-        self._next_look = 0.0
-        self._waits = False
+        self._tenant = Tenant(self._shares, self.pool)
+        self._leaving: deque[_Leaving] = deque()
+        self._launched_at = self._next_look = self._next_beat = 0.0
         self._stopped = threading.Event()
         self._get_first_extent()
-        capacity = min(limit // extents.block_bytes, extents.num_blocks - 1)
-        block_pool.bind(self.pool, max(1, capacity), int(getattr(manager, "watermark_blocks", 0)))
+        self._block_pool.bind(self.pool, int(getattr(manager, "watermark_blocks", 0)))
         logger.info(
             "kvcached: elastic cache of %r: %s virtual, %d blocks, extents of %s, up to %s, on %s",
             name,
@@ -111,28 +124,26 @@ class Steward:
         )
         watched = weakref.ref(self)
         threading.Thread(
-            target=_reclaimer, args=(watched, self._stopped), name="kvcached-reclaimer", daemon=True
+            target=_reclaimer, args=(watched, self._shares), name="kvcached-reclaimer", daemon=True
         ).start()
 
     def launched(self, scheduler_output: Any) -> None:
         """A step has been scheduled: number it and give it its orders."""
         commit = self.pool.settle()
         release = self.pool.tick()
-        release += self._answer_pressure()
+        owed = self._tenant.owed()
         step = self.clock.launch()
         self._launched_at = time.monotonic()
-        scheduler_output.kvcached = Orders(step, tuple(release), tuple(commit))
-        if release:
-            self._leaving.append((step, release))
+        scheduler_output.kvcached = Orders(step, (*release, *owed), tuple(commit))
+        self._leave(step, release, owed)
+        self._tenant.report()
 
     def finished(self, scheduler_output: Any) -> None:
         """The results of a step are here, so the one before it has released what it was told to."""
         orders: Orders | None = getattr(scheduler_output, ATTRIBUTE, None)
-        if orders is None:
-            return
-        self.clock.finish(orders.step)
-        self._confirm(orders.step)
-        self._report()
+        if orders is not None:
+            self.clock.finish(orders.step)
+            self._confirm(orders.step)
 
     def idle(self, *_: Any) -> None:
         """Release what is due though the engine takes no steps.
@@ -141,21 +152,22 @@ class Steward:
         say which steps are done.
         """
         with self.pool.lock:
-            if self._stopped.is_set() or time.monotonic() - self._launched_at < QUIET_SECONDS:
+            if self._stopped.is_set() or self._is_stepping():
                 return
             step = self.clock.launched
             release = self.pool.tick(IDLE_BATCH)
-            release += self._answer_pressure()
-            if release:
-                self._leaving.append((step, release))
+            owed = self._tenant.owed(urgent=True)
+            self._leave(step, release, owed)
             if self._leaving or self.clock.finished < step:
                 progress: list[Progress] = self._executor.collective_rpc(
-                    "kvcached_obey", args=(Orders(step, tuple(release)),)
+                    "kvcached_obey", args=(Orders(step, (*release, *owed)),)
                 )
                 self.clock.finish(min(worker.done_step for worker in progress))
                 if not any(worker.waiting_extents for worker in progress):
                     self._confirm(step + 1)
-            self._report()
+                seconds = max(worker.driver_seconds for worker in progress)
+                self._shares.counters.driver_seconds = seconds
+            self._tenant.report()
 
     def sleep(self) -> None:
         """vLLM has gone to sleep: take the KV cache to zero bytes."""
@@ -166,7 +178,7 @@ class Steward:
             self._executor.collective_rpc("kvcached_sleep")
             self._leaving.clear()
             self.pool.sleep()
-            self._report(now=True)
+            self._tenant.report(force=True)
 
     def wake(self) -> None:
         """vLLM is about to wake: its null block needs memory first."""
@@ -180,64 +192,7 @@ class Steward:
                 self._stopped.set()
                 if self._local is not None:
                     self._local.close()
-                self._budget.close()
-
-    def _get_first_extent(self) -> None:
-        """Wait until neighbours have made room for the null block."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not self.pool.wake():
-            self._budget.report(0, 0, self.pool.extents.largest_bytes)
-            if time.monotonic() > deadline:
-                raise EngineUnsupported(
-                    f"The budget had no room for an extent in {PATIENCE_SECONDS:.0f} s; stop an "
-                    "engine or raise KVCACHED_BUDGET."
-                )
-            time.sleep(0.01)
-        self._budget.report(0, 0, 0)
-
-    def _driver_free_bytes(self) -> int:
-        """A foreign process on the device shrinks what we may grant, whatever the ledger says."""
-        assert self._local is not None
-        return self._local.driver.memory().free_bytes
-
-    def _confirm(self, step: int) -> None:
-        """What was ordered before ``step`` has been released."""
-        while self._leaving and self._leaving[0][0] < step:
-            self.pool.released(self._leaving.popleft()[1])
-
-    def _join(
-        self, settings: Settings, name: str, device: str, reports: Sequence[WorkerReport]
-    ) -> Account:
-        here = [report for report in reports if report.device == device]
-        account = Ledger.open(settings.directory, device).join(
-            name,
-            settings.budget_bytes,
-            settings.minimum_bytes,
-            settings.maximum_bytes,
-            default_budget_bytes=here[0].default_budget_bytes,
-        )
-        account.fix(sum(report.fixed_bytes for report in here))
-        return account
-
-    def _answer_pressure(self) -> list[int]:
-        """Spare what another engine waits for, unless we wait ourselves."""
-        moment = time.monotonic()
-        if moment - self._asked < ASK_SECONDS or self._waits:
-            return []
-        self._asked = moment
-        wanted = self._budget.wanted_by_others()
-        return self.pool.reclaim(wanted) if wanted else []
-
-    def _report(self, now: bool = False) -> None:
-        moment = time.monotonic()
-        if now or moment - self._reported > REPORT_SECONDS:
-            self._reported = moment
-            block = self.pool.extents.block_bytes
-            wanted = self.pool.take_shortage()
-            self._waits = wanted > 0
-            self._budget.report(
-                self.pool.live_blocks * block, self.pool.cached_blocks * block, wanted
-            )
+                self._shares.close()
 
     def look(self) -> None:
         """Called from time to time by the reclaimer thread, for an idle engine takes no steps.
@@ -245,16 +200,72 @@ class Steward:
         A worker of its own process must be spoken to from the engine's main thread, which waits for
         requests; one in this process may be released from here.
         """
-        moment = time.monotonic()
-        if not self.pool.has_spare and not self._leaving:
+        now = time.monotonic()
+        if now >= self._next_beat:
+            self._next_beat = now + HEARTBEAT_SECONDS
+            with self.pool.lock:
+                if self._local is not None:
+                    self._shares.counters.driver_seconds = self._local.driver_seconds
+                if not self._stopped.is_set():
+                    self._tenant.report(force=True)
+        spare = now >= self._next_look and (self.pool.has_spare or self._leaving)
+        if not spare and not self._tenant.must_answer():
             return
-        if moment < self._next_look and not self._budget.wanted_by_others():
-            return
-        self._next_look = moment + min(1.0, max(0.05, self.pool.policy.decay_seconds / 4))
+        self._next_look = now + min(1.0, max(LOOK_SECONDS, self.pool.policy.decay_seconds / 4))
         if self._local is not None:
             self.idle()
         else:
             self._call_from_main_thread()
+
+    def _is_stepping(self) -> bool:
+        """Whether a next step will take our orders along, soon."""
+        if time.monotonic() - self._launched_at >= QUIET_SECONDS:
+            return False
+        in_flight = self.clock.finished < self.clock.launched
+        return in_flight or bool(self._core.scheduler.has_requests())
+
+    def _leave(self, step: int, release: Sequence[int], owed: Sequence[int]) -> None:
+        if release:
+            self._leaving.append(_Leaving(step, release, 0.0))
+        if owed:
+            self._leaving.append(_Leaving(step, owed, time.monotonic()))
+
+    def _confirm(self, step: int) -> None:
+        """What was ordered before ``step`` has been released."""
+        while self._leaving and self._leaving[0].step < step:
+            _, extents, owed_at = self._leaving.popleft()
+            before = self.pool.committed_bytes
+            self.pool.released(extents)
+            counters = self._shares.counters
+            counters.releases += len(extents)
+            if owed_at:
+                counters.reclaims += 1
+                counters.reclaimed_bytes += before - self.pool.committed_bytes
+                counters.reclaim_seconds += time.monotonic() - owed_at
+
+    def _get_first_extent(self) -> None:
+        """Wait until neighbours have made room for the null block."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not self.pool.wake():
+            self._shares.report(self.pool.spending(), self.pool.extents.largest_bytes, 0)
+            if time.monotonic() > deadline:
+                raise EngineUnsupported(
+                    f"The budget had no room for an extent in {PATIENCE_SECONDS:.0f} s; stop an "
+                    "engine or raise KVCACHED_BUDGET."
+                )
+            time.sleep(0.01)
+        self._tenant.report(force=True)
+
+    def _free_bytes(self, reports: Sequence[WorkerReport]) -> Callable[[], int] | None:
+        """A foreign process on the device shrinks what we may grant, whatever the ledger says.
+
+        Not known for GPUs of worker processes: asking would make a CUDA context here.
+        """
+        if self._local is not None:
+            return _Recent(self._local.driver)
+        if all(report.device == HostDriver.device for report in reports):
+            return _Recent(HostDriver())
+        return None
 
     def _call_from_main_thread(self) -> None:
         callbacks = getattr(self._core, "_idle_state_callbacks", None)
@@ -265,14 +276,57 @@ class Steward:
             self._core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
 
-def _reclaimer(watched: weakref.ref[Steward], stopped: threading.Event) -> None:
+class _Recent:
+    """Free bytes of a driver, asked for again when the answer is no longer fresh."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._asked = 0.0
+        self._free_bytes = 0
+
+    def __call__(self) -> int:
+        now = time.monotonic()
+        if now - self._asked > FRESH_SECONDS:
+            self._asked = now
+            self._free_bytes = self._driver.memory().free_bytes
+        return self._free_bytes
+
+
+def _reclaimer(watched: weakref.ref[Steward], shares: Shares) -> None:
     """Does not keep an engine alive that its user has dropped."""
-    while not stopped.wait(ASK_SECONDS):
+    heard = 0
+    while (heard := shares.wait_for_bell(heard, LOOK_SECONDS)) >= 0:
         steward = watched()
         if steward is None:
             return
-        steward.look()
+        try:
+            steward.look()
+        except KVCachedError as error:
+            logger.error("kvcached: memory cannot be given back now: %s", error)
         del steward
+
+
+def _join(
+    settings: Settings,
+    name: str,
+    device: str,
+    reports: Sequence[WorkerReport],
+    arena_bytes: int,
+) -> Account:
+    here = [report for report in reports if report.device == device]
+    account = Ledger.open(settings.directory, device).join(
+        name,
+        settings.budget_bytes,
+        settings.minimum_bytes,
+        settings.maximum_bytes,
+        settings.weight,
+        default_budget_bytes=here[0].default_budget_bytes,
+        cache_bytes=settings.cache_bytes,
+        engine="vllm",
+        arena_bytes=arena_bytes * len(here),
+    )
+    account.fix(sum(report.fixed_bytes for report in here))
+    return account
 
 
 def _refuse_small_limit(limit_bytes: int, extents: ExtentMap, request_bytes: int) -> None:

@@ -84,7 +84,8 @@ def execute_model(original: Callable[..., Any], worker: Any, scheduler_output: A
 
 
 def determine_available_memory(original: Callable[..., int], worker: Any) -> int:
-    """The size of the address range: what the user set, else what vLLM would take for itself."""
+    """The size of the address range: the budget, else what vLLM would take for itself. A maximum
+    does not bound it, for it can be raised later."""
     settings = Settings.read()
     on_gpu = worker.device.type == "cuda"
     available = original(worker)
@@ -95,9 +96,9 @@ def determine_available_memory(original: Callable[..., int], worker: Any) -> int
         worker.kvcached_fixed_bytes = used
     ranks = 1 if on_gpu else worker.parallel_config.world_size
     if settings.maximum_bytes is not None:
-        return settings.maximum_bytes // ranks
+        available = max(available, settings.maximum_bytes // ranks)
     if settings.budget_bytes is not None:
-        return min(available, settings.budget_bytes // ranks)
+        available = min(available, settings.budget_bytes // ranks)
     return available
 
 

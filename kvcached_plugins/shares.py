@@ -1,0 +1,128 @@
+"""The budget of an engine whose workers are on one or more devices."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from kvcached_plugins.hub import owed_bytes
+from kvcached_vmm.errors import LedgerError
+from kvcached_vmm.ledger import Account
+from kvcached_vmm.pool import Spending
+from kvcached_vmm.records import NO_LIMIT, Counters
+
+logger = logging.getLogger("kvcached")
+
+
+class Shares:
+    """The budget of an engine whose workers are on one or more devices.
+
+    Every worker commits the same extents, so a grant counts once per worker on each device. Sizes
+    are those of each worker.
+
+    Args:
+        accounts: one for each device, and how many workers are on it.
+        free_bytes: what the driver has free, for workers of this machine.
+    """
+
+    def __init__(
+        self, accounts: Sequence[tuple[Account, int]], free_bytes: Callable[[], int] | None = None
+    ) -> None:
+        self._accounts = accounts
+        self._free_bytes = free_bytes
+        self._complained = False
+        self.counters = Counters()
+        """For each worker; counted here as far as the budget sees it."""
+
+    def reserve(self, wanted_bytes: int, unit_bytes: int) -> int:
+        granted = wanted_bytes
+        free = NO_LIMIT if self._free_bytes is None else self._free_bytes()
+        for index, (account, ranks) in enumerate(self._accounts):
+            given = self._ask(account, granted * ranks, unit_bytes * ranks, free) // ranks
+            for earlier, of in self._accounts[:index]:
+                earlier.cancel((granted - given) * of)
+            granted = given
+        if granted < wanted_bytes:
+            self.counters.refusals += 1
+        return granted
+
+    def commit(self, granted_bytes: int, used_bytes: int) -> None:
+        if used_bytes:
+            self.counters.commits += 1
+        for account, ranks in self._accounts:
+            account.commit(granted_bytes * ranks, used_bytes * ranks)
+
+    def cancel(self, granted_bytes: int) -> None:
+        self.commit(granted_bytes, 0)
+
+    def release(self, used_bytes: int) -> None:
+        for account, ranks in self._accounts:
+            account.release(used_bytes * ranks)
+
+    def report(self, spending: Spending, wanted_bytes: int, coveted_bytes: int) -> None:
+        """Tell the others what each worker's bytes are good for, and how many more it needs."""
+        for account, ranks in self._accounts:
+            account.report(
+                spending.live_bytes * ranks,
+                spending.cached_bytes * ranks,
+                wanted_bytes * ranks,
+                coveted_bytes=coveted_bytes * ranks,
+                idle_bytes=spending.idle_bytes * ranks,
+                leaving_bytes=spending.leaving_bytes * ranks,
+                evictable_bytes=spending.evictable_bytes * ranks,
+                ages=spending.ages,
+                counters=self.counters,
+            )
+
+    def others_wait(self) -> bool:
+        """Whether another engine needs memory that it does not get."""
+        return any(account.others_wait() for account, _ in self._accounts)
+
+    def owed_bytes(self) -> int:
+        """Bytes of each worker that other engines are due now."""
+        now = time.monotonic()
+        return max(
+            -(-owed_bytes(account.view(), account.slot, now) // ranks)
+            for account, ranks in self._accounts
+        )
+
+    def fair_share_bytes(self) -> int:
+        """What each worker may have while others wait, if it wants all that it can get."""
+        return min(account.fair_share_bytes() // ranks for account, ranks in self._accounts)
+
+    def cache_bytes(self) -> int | None:
+        """What each worker's cached blocks may hold; None: no bound."""
+        bounds = [
+            account.terms.cache // ranks
+            for account, ranks in self._accounts
+            if account.terms.cache >= 0
+        ]
+        return min(bounds, default=None)
+
+    def trims(self) -> int:
+        """How often we were asked to give back all that we can spare."""
+        return sum(account.terms.trims for account, _ in self._accounts)
+
+    def wait_for_bell(self, heard: int, timeout_s: float) -> int:
+        """Wait until somebody needs us to look, as ``Account.wait_for_bell`` does."""
+        return self._accounts[0][0].wait_for_bell(heard, timeout_s)
+
+    def limit_bytes(self) -> int:
+        """What each worker could have if no other engine were there."""
+        return min(account.limit_bytes // ranks for account, ranks in self._accounts)
+
+    def _ask(self, account: Account, wanted: int, unit: int, free: int) -> int:
+        """A ledger that can no longer be trusted grants nothing: requests wait, nothing crashes."""
+        try:
+            return account.reserve(wanted, unit, free)
+        except LedgerError as error:
+            if not self._complained:
+                self._complained = True
+                logger.error("kvcached: no more memory is granted: %s", error)
+            return 0
+
+    def close(self) -> None:
+        """Leave the ledgers."""
+        for account, _ in self._accounts:
+            account.close()

@@ -1,0 +1,125 @@
+"""An engine as a tenant of the budget: what it tells the others, and what it owes them."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from kvcached_plugins.shares import Shares
+from kvcached_vmm.pool import Spending
+
+ASK_SECONDS = 0.005
+"""How often an engine that takes steps looks whether it owes anything: an answer takes a step
+anyway."""
+
+REPORT_SECONDS = 0.05
+"""How often the ledger learns what our bytes are good for."""
+
+CALM_SECONDS = 1.0
+"""How long an engine keeps to its fair share after others have waited, so that it does not take at
+once what they are about to ask for again."""
+
+EVERYTHING = 1 << 62
+
+
+class Spender(Protocol):
+    """What a tenant needs to know of an engine's pool. Sizes are in bytes and those of one worker.
+
+    Attributes:
+        limit_bytes: requests are admitted as long as what is live stays below.
+        share_bytes: likewise while others wait, but one request is always admitted; None: nobody
+            does.
+    """
+
+    limit_bytes: int
+    share_bytes: int | None
+
+    @property
+    def committed_bytes(self) -> int: ...
+
+    def spending(self) -> Spending: ...
+
+    def take_shortage(self) -> tuple[int, int]:
+        """What was asked for and not granted since this was last called: in vain, and at the
+        expense of cached blocks."""
+        ...
+
+    def reclaim(self, wanted_bytes: int) -> list[int]:
+        """Extents to release now, of ``wanted_bytes`` or all that can be spared."""
+        ...
+
+    def bound_cache(self, cache_bytes: int | None) -> None:
+        """Cached blocks may hold this much from now on; None: no bound."""
+        ...
+
+
+class Tenant:
+    """Keeps a pool within what the ledger says, from moment to moment.
+
+    All methods want the pool's lock held.
+    """
+
+    def __init__(self, shares: Shares, pool: Spender) -> None:
+        self._shares = shares
+        self._pool = pool
+        self._trims = shares.trims()
+        self._cache_bytes = shares.cache_bytes()
+        pool.limit_bytes = shares.limit_bytes()
+        self._asked = self._reported = self._waiting_since = 0.0
+        self._calm_at = 0.0
+        self._wanted = 0
+
+    def owed(self, urgent: bool = False) -> list[int]:
+        """Extents to release for others, or because our own terms have changed.
+
+        Args:
+            urgent: look now, however recent the last look is.
+        """
+        now = time.monotonic()
+        if now - self._asked < ASK_SECONDS and not urgent:
+            return []
+        self._asked = now
+        shares, pool = self._shares, self._pool
+        pool.limit_bytes = shares.limit_bytes()
+        self._cache_bytes = shares.cache_bytes()
+        pool.bound_cache(self._cache_bytes)
+        owed = pool.committed_bytes - pool.limit_bytes
+        if shares.others_wait():
+            self._calm_at = now + CALM_SECONDS
+            pool.share_bytes = shares.fair_share_bytes()
+            owed = max(owed, shares.owed_bytes())
+        elif now > self._calm_at:
+            pool.share_bytes = None
+        trims = shares.trims()
+        if trims != self._trims:
+            self._trims = trims
+            owed = EVERYTHING
+        return pool.reclaim(owed) if owed > 0 else []
+
+    def must_answer(self) -> bool:
+        """Whether ``owed`` may have something to say. Cheap, and wants no lock."""
+        shares, pool = self._shares, self._pool
+        return (
+            shares.others_wait()
+            or shares.trims() != self._trims
+            or shares.limit_bytes() != pool.limit_bytes
+            or shares.cache_bytes() != self._cache_bytes
+        )
+
+    def report(self, force: bool = False) -> None:
+        """Tell the others how we are: at once when a need is new, else now and then."""
+        now = time.monotonic()
+        if not force and now - self._reported < REPORT_SECONDS and self._wanted:
+            return
+        wanted, coveted = self._pool.take_shortage()
+        new = wanted + coveted > 0 and not self._wanted
+        if force or new or now - self._reported >= REPORT_SECONDS:
+            self._reported = now
+            counters = self._shares.counters
+            if self._waiting_since:
+                counters.wait_seconds += now - self._waiting_since
+            elif wanted:
+                counters.waits += 1
+            self._waiting_since = now if wanted else 0.0
+            self._wanted = wanted + coveted
+            self._shares.report(self._pool.spending(), wanted, coveted)
