@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from kvcached_vmm.records import AGES, AccountView, LedgerView
+from kvcached_vmm.records import AGES, NO_LIMIT, AccountView, LedgerView
 
 SILENCE_SECONDS = 1.0
 """An engine reports every 0.1 s at least, unless it is stopped or its machine is overloaded."""
@@ -73,7 +73,7 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
     """
     shares = fair_shares(view.capacity_bytes, [claim_of(each) for each in view.accounts])
     share_of = {each.slot: share for each, share in zip(view.accounts, shares, strict=True)}
-    wanted, coveted, older_than = _needs(view.accounts, share_of)
+    wanted, coveted, older_than = _needs(view.accounts)
     need = wanted + coveted - view.free_bytes
     owed: dict[int, int] = {}
     if need <= 0:
@@ -110,16 +110,15 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
     return owed
 
 
-def _needs(accounts: Iterable[AccountView], share_of: Mapping[int, int]) -> tuple[int, int, float]:
-    """What is wanted within fair shares, what is coveted, and since when unused cache may go."""
+def _needs(accounts: Iterable[AccountView]) -> tuple[int, int, float]:
+    """What is wanted, what is coveted, and since when unused cache may go for the latter."""
     wanted = coveted = 0
     older_than = 0.0
     for account in accounts:
-        due = share_of[account.slot] - account.used_bytes
-        wanted += max(0, min(account.wanted_bytes, due))
         most = account.maximum_bytes
-        room = account.coveted_bytes if most is None else most - account.used_bytes
-        if account.coveted_bytes and room > 0:
+        room = NO_LIMIT if most is None else max(0, most - account.used_bytes)
+        wanted += min(account.wanted_bytes, room)
+        if account.coveted_bytes and room:
             coveted += min(account.coveted_bytes, room)
             older_than = max(older_than, account.ages[0])
     return wanted, coveted, older_than

@@ -1,0 +1,180 @@
+"""How long until memory that another engine holds as cache can be had.
+
+    python -m integration.benchmarks.reclaim [--json FILE] [--size 1GiB] [--rounds N]
+
+A stock `vllm serve` with the plugin fills a budget with cached prefixes. Then this process joins
+the ledger as a second engine that wants nearly all of it, and waits: first while the server is
+idle, then while it serves. In between the server fills the budget again. Beside it, as the floor,
+the kernel's own time to free as much memory in as large pieces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from integration.conftest import elastic_env, random_prompt
+from integration.engine import BLOCK_TOKENS, Request, Server
+from integration.gpu.record import MemorySampler, facts, write_json
+from integration.models import Shape, write_model
+from kvcached_vmm.host_driver import HostDriver
+from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.units import MIB, format_size, parse_size
+
+SHAPE = Shape(layers=4, hidden=128, intermediate=128, heads=16, kv_heads=16, head_dim=128)
+"""Much KV cache for little work: 64 KiB a token in float32."""
+TOKEN_BYTES = 2 * SHAPE.kv_bytes_per_token
+EXTENT_BYTES = 16 * MIB
+GOAL_SECONDS = 0.010
+"""Beyond the kernel's own time, and beyond a step where the server is busy."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Seconds of each round."""
+
+    peer: str
+    size_bytes: int
+    seconds: list[float]
+    median_seconds: float
+    worst_seconds: float
+
+
+def kernel_seconds(size_bytes: int) -> float:
+    """What it takes to free memory that has been written to, extent by extent."""
+    driver = HostDriver()
+    address = driver.reserve(size_bytes)
+    places = range(address, address + size_bytes, EXTENT_BYTES)
+    for place in places:
+        handle = driver.create(EXTENT_BYTES)
+        driver.map(place, EXTENT_BYTES, handle)
+        driver.release(handle)
+    driver.allow(address, size_bytes)
+    ctypes.memset(address, 1, size_bytes)
+    began = time.perf_counter()
+    for place in places:
+        driver.unmap(place, EXTENT_BYTES)
+    seconds = time.perf_counter() - began
+    driver.free(address, size_bytes)
+    return seconds
+
+
+def acquire(account: Account, size_bytes: int, timeout_s: float = 30.0) -> float:
+    """Seconds until the ledger has granted `size_bytes`; the grants are given back."""
+    began = time.perf_counter()
+    granted = account.reserve(size_bytes, EXTENT_BYTES)
+    while granted < size_bytes:
+        account.report(0, 0, size_bytes - granted)
+        time.sleep(0.0002)
+        granted += account.reserve(size_bytes - granted, EXTENT_BYTES)
+        if time.perf_counter() - began > timeout_s:
+            raise TimeoutError(f"{format_size(granted)} of {format_size(size_bytes)} were granted")
+    seconds = time.perf_counter() - began
+    account.report(0, 0)
+    account.cancel(granted)
+    return seconds
+
+
+def fill(server: Server, size_bytes: int, rng: random.Random) -> None:
+    """Prompts of one whole block each, so that all of it stays cached."""
+    count = -(-size_bytes // (BLOCK_TOKENS * TOKEN_BYTES))
+    server.complete_all([Request(random_prompt(BLOCK_TOKENS, rng), 1) for _ in range(count)])
+
+
+@contextlib.contextmanager
+def busy(server: Server, rng: random.Random) -> Iterator[None]:
+    """Two requests at a time, for as long as the block runs."""
+    done = threading.Event()
+
+    def serve() -> None:
+        while not done.is_set():
+            server.complete_all([Request(random_prompt(64, rng), 64)] * 2)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    time.sleep(0.5)
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def measure(size_bytes: int, rounds: int, folder: Path) -> Iterator[Figure]:
+    rng = random.Random(1)
+    floor = [kernel_seconds(size_bytes) for _ in range(rounds)]
+    yield figure("none: the kernel alone", size_bytes, floor)
+    budget_bytes = size_bytes + 8 * EXTENT_BYTES
+    env = {
+        **elastic_env(folder / "ledger"),
+        "KVCACHED_BUDGET": str(budget_bytes),
+        "KVCACHED_EXTENT": str(EXTENT_BYTES),
+        "KVCACHED_CACHE_TTL": "3600",
+        "VLLM_CPU_KVCACHE_SPACE": str(-(-budget_bytes // (1 << 30))),
+    }
+    server = Server(
+        write_model(folder / "model", SHAPE),
+        folder / "log",
+        env=env,
+        arguments=["--load-format", "dummy"],
+    )
+    with contextlib.closing(Ledger.open(folder / "ledger", "host")) as ledger:
+        try:
+            server.wait_ready()
+            account = ledger.join("probe", None)
+            for peer in ("idle", "busy"):
+                seconds = []
+                for _ in range(rounds):
+                    fill(server, budget_bytes, rng)
+                    time.sleep(0.3)
+                    serving = busy(server, rng) if peer == "busy" else contextlib.nullcontext()
+                    with serving:
+                        seconds.append(acquire(account, size_bytes))
+                yield figure(peer, size_bytes, seconds)
+        finally:
+            server.stop()
+
+
+def figure(peer: str, size_bytes: int, seconds: list[float]) -> Figure:
+    rounded = [round(each, 5) for each in seconds]
+    return Figure(peer, size_bytes, rounded, median(rounded), max(rounded))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--size", type=parse_size, default=parse_size("1GiB"))
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    figures = []
+    with tempfile.TemporaryDirectory() as folder:
+        for found in measure(options.size, options.rounds, Path(folder)):
+            figures.append(found)
+            print(
+                f"{format_size(found.size_bytes)}, peer {found.peer}: median"
+                f" {1000 * found.median_seconds:.1f} ms, worst {1000 * found.worst_seconds:.1f} ms",
+                flush=True,
+            )
+    if options.json:
+        report = {
+            "facts": facts(MemorySampler()),
+            "setup": {"cores": os.cpu_count(), "extent_bytes": EXTENT_BYTES},
+            "goal_seconds": GOAL_SECONDS,
+            "figures": [asdict(found) for found in figures],
+        }
+        write_json(options.json, report)
+    return 0 if figures[1].median_seconds <= figures[0].median_seconds + GOAL_SECONDS else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
