@@ -316,10 +316,11 @@ class ElasticPool(Generic[B]):
             stack = self._stack
             del stack[next(i for i in range(len(stack) - 1, -1, -1) if stack[i] is block)]
 
-    def prepare(self, count: int, cached_hits: int = 0) -> None:
-        """The engine is about to ask whether ``count`` blocks are free, ``cached_hits`` of them
-        cached ones that it will use as they are. Asks the budget for what is missing; the caller
-        holds ``lock``."""
+    def prepare(self, count: int, hits: Iterable[B] = ()) -> None:
+        """The engine is about to ask whether ``count`` blocks are free, among them ``hits``, free
+        ones whose content it will use. Asks the budget for what is missing; the caller holds
+        ``lock``."""
+        cached_hits = sum(hit.block_id in self._owner[hit.block_id].cached for hit in hits)
         short = count - cached_hits - (self.num_free_blocks - self._cached_blocks)
         if short <= 0:
             return

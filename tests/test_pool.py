@@ -193,7 +193,22 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.awake)
     @rule(count=st.sampled_from([0, 1, 3, 6, 12, 24]), hits=st.integers(0, 3))
     def prepare(self, count: int, hits: int) -> None:
-        self.world.pool.prepare(count, min(count, hits, len(self.world.cached)))
+        world = self.world
+        known = [world.blocks[number] for number in sorted(world.cached)[: min(count, hits)]]
+        world.pool.prepare(count, known)
+        room = world.budget.limit - world.budget.reserved - world.budget.committed
+        if room >= world.layout.largest_bytes and world.budget.generosity >= world.budget.limit:
+            most = world.layout.num_blocks - 1 - len(world.live) - len(self.unavailable())
+            assert world.pool.num_free_blocks >= min(count, most), "more could have been had"
+
+    def unavailable(self) -> set[int]:
+        """Blocks of extents that are on their way out."""
+        span = self.world.layout.blocks_per_extent
+        return {
+            number
+            for number in range(1, self.world.layout.num_blocks)
+            if number // span in self.world.leaving
+        }
 
     @rule(data=st.data())
     def take(self, data: st.DataObject) -> None:

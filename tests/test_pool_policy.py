@@ -265,3 +265,14 @@ def test_grants_are_counted_right_when_an_extent_comes_back_before_they_are_used
     world.released(gone)
     assert len(blocks) == 7
     world.check()
+
+
+def test_a_prefix_that_only_the_engine_still_knows_is_no_memory_besides() -> None:
+    """Its blocks lie among the free ones: counted twice, a request would wait for ever."""
+    world = World(FOUR, Policy())
+    first = serve(world, 3)
+    world.keep(first)
+    world.pool.forget_all()
+    assert world.pool.num_free_blocks == 3
+    world.pool.prepare(6, [world.blocks[number] for number in first])
+    assert world.pool.num_free_blocks >= 6

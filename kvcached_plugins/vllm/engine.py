@@ -108,11 +108,12 @@ def get_num_blocks_to_allocate(
     elastic = getattr(pool, "elastic", None)
     if elastic is None or not 0 < count < pool.num_gpu_blocks:
         return count
-    hits = sum(
-        block.ref_cnt == 0 and not block.is_null
+    hits = [
+        block
         for group in kwargs.get("new_computed_blocks") or ()
         for block in group
-    )
+        if block.ref_cnt == 0 and not block.is_null
+    ]
     managers = coordinator.single_type_managers
     is_new = not any(manager.req_to_blocks.get(request_id) for manager in managers)
     if is_new and not elastic.admits(count):

@@ -1,0 +1,200 @@
+"""Several servers in one budget: killed, stopped, added late, limited; the others never notice."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from integration.conftest import BUDGET_BYTES, EXTENT_BYTES, elastic_env
+from integration.engine import MIB, Server, needs_vllm, wait_until
+from integration.test_vllm_memory import burst, falls_to_one_extent, sampled
+from kvcached_vmm.ledger import Ledger
+from kvcached_vmm.records import AccountView, LedgerView
+
+pytestmark = [pytest.mark.engine, needs_vllm]
+
+Tokens = list[list[int]]
+
+COLLECTED_S = 0.1
+"""How soon a dead engine's memory is to be had while another one lives."""
+
+
+class House:
+    """Servers that share a ledger, which is looked at all the time."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.folder = folder / "ledger"
+        self._model = model
+        self._logs = folder
+        self.servers: dict[str, Server] = {}
+
+    def start(self, name: str) -> Server:
+        env = {
+            **elastic_env(self.folder),
+            "KVCACHED_NAME": name,
+            "KVCACHED_BUDGET": f"{BUDGET_BYTES // MIB}MiB",
+            "KVCACHED_EXTENT": f"{EXTENT_BYTES // MIB}MiB",
+            "KVCACHED_DECAY": "0.3",
+        }
+        log = self._logs / f"{name}.log"
+        self.servers[name] = Server(self._model, log, env=env)
+        return self.servers[name]
+
+    def stop(self) -> None:
+        for server in self.servers.values():
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def house(plugin: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """Three servers in one budget that could not hold two of their peaks."""
+    made = House(model, tmp_path_factory.mktemp("house"))
+    try:
+        for name in ("ada", "bob", "cy"):
+            made.start(name)
+        for server in made.servers.values():
+            server.wait_ready()
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture
+def ledger(house: House) -> Iterator[Ledger]:
+    with contextlib.closing(Ledger.open(house.folder, "host")) as opened:
+        yield opened
+
+
+def names(view: LedgerView) -> set[str]:
+    return {account.name for account in view.accounts}
+
+
+def account_of(ledger: Ledger, name: str) -> AccountView:
+    return next(each for each in ledger.snapshot().accounts if each.name == name)
+
+
+def test_a_maximum_reaches_an_idle_engine_at_once(house: House, ledger: Ledger) -> None:
+    ada = house.servers["ada"]
+    prompts = burst(14, seed=21)
+    expected = ada.complete_all(prompts)
+    assert account_of(ledger, "ada").committed_bytes > 6 * EXTENT_BYTES
+
+    ledger.set_terms(account_of(ledger, "ada"), maximum_bytes=4 * EXTENT_BYTES)
+    began = time.monotonic()
+    assert wait_until(
+        lambda: account_of(ledger, "ada").committed_bytes <= 4 * EXTENT_BYTES, 2.0, 0.002
+    )
+    took_s = time.monotonic() - began
+
+    # Too little for all at a time: they take turns, and none fails.
+    with sampled(lambda: account_of(ledger, "ada").used_bytes) as used:
+        again = ada.complete_all(prompts)
+    ledger.set_terms(account_of(ledger, "ada"), no_maximum=True)
+    assert again == expected
+    assert max(used) <= 4 * EXTENT_BYTES
+    assert took_s < 0.5, "goal: 50 ms on a machine that has nothing else to do"
+
+
+def test_an_engine_that_may_have_nothing_waits_until_it_may(house: House, ledger: Ledger) -> None:
+    bob = house.servers["bob"]
+    (prompt,) = burst(1, seed=22)
+    expected = bob.complete(prompt)
+    ledger.set_terms(account_of(ledger, "bob"), maximum_bytes=0)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(bob.complete, prompt)
+        time.sleep(1.0)
+        assert not waiting.done()
+        ledger.set_terms(account_of(ledger, "bob"), no_maximum=True)
+        assert waiting.result(30) == expected
+
+
+def test_trimming_takes_the_cache_and_leaves_requests_alone(house: House, ledger: Ledger) -> None:
+    cy = house.servers["cy"]
+    prompts = burst(10, seed=23, output=60)
+    expected = cy.complete_all(prompts)
+    with ThreadPoolExecutor(1) as threads:
+        serving = threads.submit(cy.complete_all, prompts)
+        while not serving.done():
+            ledger.set_terms(account_of(ledger, "cy"), trim=True)
+            time.sleep(0.05)
+        assert serving.result() == expected
+    ledger.set_terms(account_of(ledger, "cy"), trim=True)
+    assert falls_to_one_extent(cy, 2.0)
+
+
+def test_a_bound_of_the_cache_holds_while_nobody_is_short(house: House, ledger: Ledger) -> None:
+    cy = house.servers["cy"]
+    ledger.set_terms(account_of(ledger, "cy"), cache_bytes=4 * EXTENT_BYTES)
+    cy.complete_all(burst(14, seed=24))
+    try:
+        assert wait_until(
+            lambda: account_of(ledger, "cy").committed_bytes <= 6 * EXTENT_BYTES, 3.0
+        ), account_of(ledger, "cy")
+        assert account_of(ledger, "cy").cached_bytes <= 4 * EXTENT_BYTES
+    finally:
+        ledger.set_terms(account_of(ledger, "cy"), no_cache_bound=True)
+
+
+def test_one_is_killed_one_is_stopped_and_one_comes_late(house: House, ledger: Ledger) -> None:
+    prompts = burst(16, seed=25, size=900, output=24)
+    expected = house.servers["ada"].complete_all(prompts)
+
+    with sampled(lambda: ledger.snapshot().used_bytes, 0.01) as in_ledger:
+        for name in ("bob", "cy", "ada"):
+            assert house.servers[name].complete_all(prompts) == expected
+
+        with ThreadPoolExecutor(3) as threads:
+            answers = {
+                name: threads.submit(server.complete_all, prompts * 2)
+                for name, server in house.servers.items()
+            }
+            assert wait_until(lambda: account_of(ledger, "cy").live_bytes > 2 * EXTENT_BYTES, 20)
+            _kill(house.servers["cy"])
+            gone_s = _seconds_until(lambda: "cy" not in names(ledger.snapshot()))
+            # It has a place of its own to come back to: nothing of the dead one is in its way.
+            dave = house.start("dave")
+            _only_cy_failed(answers, expected * 2)
+        dave.wait_ready()
+
+        with ThreadPoolExecutor(3) as threads:
+            answers = {
+                name: threads.submit(house.servers[name].complete_all, prompts * 2)
+                for name in ("ada", "dave")
+            }
+            bob = house.servers["bob"]
+            bob.process.send_signal(signal.SIGTERM)
+            assert bob.process.wait(30) is not None
+            assert all(each.result() == expected * 2 for each in answers.values())
+
+    assert gone_s < COLLECTED_S
+    assert names(ledger.snapshot()) == {"ada", "dave"}
+    assert max(in_ledger) <= BUDGET_BYTES
+    assert len(in_ledger) > 100
+
+
+def _kill(server: Server) -> None:
+    """As the kernel does it when memory runs out: no handler, no last words."""
+    os.killpg(server.process.pid, signal.SIGKILL)
+    server.process.wait(10)
+
+
+def _seconds_until(condition: object) -> float:
+    began = time.monotonic()
+    assert callable(condition)
+    assert wait_until(condition, 10.0, 0.002)
+    return time.monotonic() - began
+
+
+def _only_cy_failed(answers: dict[str, Future[Tokens]], expected: Tokens) -> None:
+    for name, answer in answers.items():
+        if name == "cy":
+            assert answer.exception() is not None
+        else:
+            assert answer.result() == expected
