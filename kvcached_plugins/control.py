@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcached_plugins import limits
+from kvcached_plugins.limits import NONE as NONE
 from kvcached_plugins.limits import BadLimit as BadLimit
 from kvcached_plugins.limits import Change, Size
 from kvcached_plugins.settings import Settings
