@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
@@ -160,3 +161,17 @@ def terminal_width() -> int:
         return os.get_terminal_size(sys.stdout.fileno()).columns or 80
     except (OSError, ValueError):
         return 80
+
+
+def paragraph(text: str, first: str = "", indent: str = "") -> None:
+    """Print a text in lines that fit; where there is no terminal, in one.
+
+    Args:
+        first: what its first line begins with, of the same width as ``indent``; may be coloured.
+        indent: what the other lines begin with.
+    """
+    width = terminal_width()
+    if width < PLAIN_WIDTH:
+        text = textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
+        text = text[len(indent) :]
+    print(first + text)
