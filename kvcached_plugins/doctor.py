@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -129,8 +130,6 @@ def _ledger(folder: Path, device: str) -> Iterator[Finding]:
 
 
 def _silent(subject: str, view: LedgerView) -> Iterator[Finding]:
-    import time
-
     now = time.monotonic()
     for account in view.accounts:
         silent_s = now - account.heartbeat
@@ -281,8 +280,8 @@ def _plugin(env: Mapping[str, str]) -> Iterator[Finding]:
     else:
         yield Finding("vLLM plugin", OK, "registered")
     try:
-        others = [name for name, _ in hub.plugins().list_name_plugin() if _ is not None]
-        yield Finding("our plugins", OK, f"{len(others) - 1} beside the default policy")
+        others = len(hub.plugins().get_plugins()) - 1
+        yield Finding("our plugins", OK, f"{others} beside the default policy")
     except Exception as error:
         yield Finding(
             "our plugins",

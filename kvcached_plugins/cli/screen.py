@@ -127,17 +127,12 @@ class Screen:
             total: bytes of the whole bar, if not the sum of the parts.
         """
         whole = max(1, total or sum(parts))
-        ends, passed, before = [], 0, 0
-        for part in parts:
+        spare = max(0, width - sum(part > 0 for part in parts))
+        bar, passed, edge = Text(), 0, 0
+        for part, glyph, style in zip(parts, self._glyphs, STYLES, strict=True):
             passed += part
-            before = max(before + (part > 0), round(passed / whole * width))
-            ends.append(before)
-        over = max(0, ends[-1] - width)
-        bar, begin = Text(), 0
-        for index, end in enumerate(ends):
-            stop = min(width, end - over if index == len(ends) - 1 else end)
-            bar.append(self._glyphs[index] * max(0, stop - begin), style=STYLES[index])
-            begin = max(begin, stop)
+            before, edge = edge, round(spare * passed / whole)
+            bar.append(glyph * ((part > 0) + edge - before), style=style)
         return bar
 
     def _title(self, view: LedgerView, reading: Reading, width: int) -> Text:
