@@ -234,11 +234,12 @@ def _engines() -> Iterator[Finding]:
             )
             continue
         found += 1
+        known = f"install {engine} {', '.join(contract.supported(engine))} as it was published"
         try:
             manifest = contract.load(engine, version)
             differences = contract.mismatches(manifest, root)
         except ContractError as error:
-            yield Finding(engine, FAIL, str(error))
+            yield Finding(engine, FAIL, str(error).partition(";")[0], known)
             continue
         if differences:
             yield Finding(
@@ -246,7 +247,7 @@ def _engines() -> Iterator[Finding]:
                 FAIL,
                 f"{version} is not as we expect it: {differences[0]} "
                 f"({len(differences)} in all, see `kvcached contract check`)",
-                f"install one of {', '.join(contract.supported(engine))} unchanged",
+                known,
             )
         else:
             yield Finding(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import sys
@@ -10,6 +11,8 @@ import termios
 import time
 import tty
 from types import FrameType, TracebackType
+
+_SEQUENCE = re.compile(r"\x1b(?:\[[0-9;]*[~A-Za-z]|O[A-Za-z])?")
 
 
 class Keys:
@@ -61,7 +64,7 @@ class Keys:
         raw = os.read(self._fd, 64)
         if not raw:
             raise SystemExit(0)
-        return "" if raw.startswith(b"\x1b") else raw.decode(errors="ignore")
+        return _SEQUENCE.sub("", raw.decode(errors="ignore"))
 
 
 def _end(signum: int, frame: FrameType | None) -> None:
