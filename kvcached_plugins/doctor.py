@@ -122,7 +122,7 @@ def _ledger(folder: Path, device: str) -> Iterator[Finding]:
     yield Finding(
         subject,
         OK,
-        f"{len(view.accounts)} engines, {format_size(view.used_bytes)} of "
+        f"{_count(len(view.accounts), 'engine')}, {format_size(view.used_bytes)} of "
         f"{format_size(view.capacity_bytes)} used"
         + (f", {waiting} waiting (see `kvcached top`)" if waiting else ""),
     )
@@ -158,7 +158,7 @@ def _gpus(
             "GPU", NOTE, "no NVIDIA driver here: engines for CPUs share host memory instead"
         )
         return
-    yield Finding("NVIDIA driver", OK, f"{version}, {gpus} GPUs")
+    yield Finding("NVIDIA driver", OK, f"{version}, {_count(gpus, 'GPU')}")
     for ordinal in range(max(1, gpus)):
         subject = f"GPU {ordinal}"
         try:
@@ -290,3 +290,7 @@ def _plugin(env: Mapping[str, str]) -> Iterator[Finding]:
             f"a plugin of the group `{hub.PROJECT}` cannot be loaded: {error}",
             "update it or uninstall it",
         )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -71,7 +71,7 @@ def test_a_machine_on_which_all_is_well(folder: Path, nvidia: Path, join: Join) 
     )
     assert found["NVIDIA driver"].found == "580.65.06, 2 GPUs"
     assert found["GPU 0"].found.startswith("GPU-1, 64 MiB of 64 MiB free; memory can be mapped")
-    assert found["ledger host"].found.startswith("1 engines, 0 B of 100 MiB used, 1 waiting")
+    assert found["ledger host"].found.startswith("1 engine, 0 B of 100 MiB used, 1 waiting")
 
 
 def test_without_a_gpu_host_memory_is_shared(folder: Path) -> None:

@@ -28,7 +28,7 @@ def test_a_recording_can_be_played(
     file = tmp_path / "timeline.json"
     ran = kvcached("record", file, "--seconds", 0.2, "--interval", 0.05)
     assert ran.status == 0
-    assert "of 1 engines" in ran.out
+    assert "of 1 engine:" in ran.out
     readings = timeline.load(file)
     assert 2 <= len(readings) <= 6
     assert all(reading.ledgers[0].used_bytes == 9 * MIB for reading in readings)
@@ -73,7 +73,7 @@ def test_ctrl_c_keeps_what_was_recorded(
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (status, "")
-    assert "readings of 1 engines" in out
+    assert "readings of 1 engine:" in out
     assert len(timeline.load(file)) >= 2
 
 

@@ -92,6 +92,11 @@ def seconds(duration_s: float) -> str:
     raise AssertionError
 
 
+def count(number: int, what: str) -> str:
+    """So many of something."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def clock(at: float) -> str:
     """A time of day."""
     return datetime.fromtimestamp(at).strftime("%H:%M:%S")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kvcached_plugins import control, timeline
-from kvcached_plugins.cli import picture
+from kvcached_plugins.cli import figures, picture
 from kvcached_plugins.cli.options import Directory
 from kvcached_plugins.control import Reading
 from kvcached_vmm.errors import SettingsError
@@ -67,7 +67,8 @@ def record(
     if not looks.engines:
         typer.echo("No engine shared a budget meanwhile.", err=True)
         raise typer.Exit(1)
-    typer.echo(f"{looks.count} readings of {looks.engines} engines: {file.absolute()}")
+    what = f"{figures.count(looks.count, 'reading')} of {figures.count(looks.engines, 'engine')}"
+    typer.echo(f"{what}: {file.absolute()}")
     if looks.interrupted and seconds is not None:
         raise typer.Exit(130)
 

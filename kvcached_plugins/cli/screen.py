@@ -116,7 +116,9 @@ class Screen:
             line.append_text(self.bar(Parts.of_device(each), width - len(line)))
             lines.append(line)
         lines += self._legend(Parts.of_device(view), width)
-        lines += [self._trend(view, width), *faults, Text()]
+        if self._history.period_s:
+            lines.append(self._trend(view, width))
+        lines += [*faults, Text()]
         lines += self._engines(view, reading, width, height - len(lines) - 1)
         return _page(lines, self._foot(len(reading.ledgers)), width, height)
 
@@ -139,7 +141,7 @@ class Screen:
         waiters = [each for each in view.accounts if each.waiting_since]
         left = (
             f"{figures.device_name(view.device)}  {short(view.used_bytes)} of "
-            f"{short(view.capacity_bytes)} used by {_count(len(view.accounts), 'engine')}"
+            f"{short(view.capacity_bytes)} used by {figures.count(len(view.accounts), 'engine')}"
         )
         line = Text(left, style="bold")
         if waiters:
@@ -313,10 +315,6 @@ def _rate(value: float) -> str:
 def _signed(value: float) -> str:
     size = round(value)
     return "0" if size == 0 else ("+" if size > 0 else "-") + short(abs(size))
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _page(lines: list[Text], foot: Text, width: int, height: int) -> Text:

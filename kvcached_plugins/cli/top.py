@@ -83,7 +83,9 @@ def _once(
         most = max((len(view.accounts) for view in readings[-1].ledgers), default=0)
         height = 2 * most + 8 + len(readings[-1].ledgers) + len(readings[-1].faults)
         drawn = picture.draw(console.width, height)
-        console.print(drawn[: drawn.plain.rstrip().rfind("\n")], soft_wrap=True)
+        body = drawn[: drawn.plain.rfind("\n")]
+        body.rstrip()
+        console.print(body, soft_wrap=True)
     else:
         _print(history)
 
