@@ -26,6 +26,7 @@ from rich.cells import cell_len
 from kvcached_plugins import control, timeline
 from kvcached_plugins.cli import screen
 from kvcached_plugins.cli.figures import Parts
+from kvcached_plugins.cli.history import History
 from kvcached_vmm.ledger import Account
 from kvcached_vmm.records import AccountView, Counters, LedgerView
 from kvcached_vmm.units import GIB, MIB
@@ -263,7 +264,7 @@ sizes = st.integers(0, 1 << 45)
 def test_a_bar_is_as_wide_as_its_place_and_shows_every_part(
     parts: Parts, width: int, unicode: bool
 ) -> None:
-    bar = screen.Screen(screen.History(), "used", unicode).bar(parts, width).plain
+    bar = screen.Screen(History(), "used", unicode).bar(parts, width).plain
     assert len(bar) == (width if any(parts) else 0)
     glyphs = screen.GLYPHS if unicode else screen.PLAIN_GLYPHS
     assert len(set(glyphs)) == 7, "parts differ without colours"
@@ -289,7 +290,7 @@ def view(number: int, chance: st.DataObject) -> AccountView:
 
 @given(st.data(), st.integers(40, 130), st.integers(4, 60))
 def test_any_ledger_fits_the_screen(chance: st.DataObject, width: int, height: int) -> None:
-    history = screen.History()
+    history = History()
     devices = chance.draw(st.integers(0, 3))
     for at in (100.0, 101.5):
         ledgers = tuple(

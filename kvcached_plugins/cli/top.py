@@ -14,6 +14,7 @@ from rich.live import Live
 
 from kvcached_plugins import control, timeline
 from kvcached_plugins.cli import screen
+from kvcached_plugins.cli.history import History
 from kvcached_plugins.cli.keys import Keys
 from kvcached_plugins.cli.options import Directory
 from kvcached_plugins.control import Reading
@@ -58,7 +59,7 @@ def top(
         raise SettingsError(f"--sort: {sort!r} is none of {', '.join(screen.SORTS)}.")
     recorded = timeline.load(replay) if replay else None
     console = Console()
-    history = screen.History()
+    history = History()
     blocks = "utf" in (console.encoding or "").lower()
     picture = screen.Screen(history, sort, blocks)
     if once:
@@ -73,7 +74,7 @@ def top(
 
 def _once(
     readings: Sequence[Reading],
-    history: screen.History,
+    history: History,
     picture: screen.Screen,
     console: Console,
 ) -> None:
@@ -92,7 +93,7 @@ def _once(
 
 def _print_lines(
     recorded: Sequence[Reading] | None,
-    history: screen.History,
+    history: History,
     interval_s: float,
     directory: Directory,
 ) -> None:
@@ -109,7 +110,7 @@ def _print_lines(
         time.sleep(max(0.0, due - time.monotonic()))
 
 
-def _print(history: screen.History) -> None:
+def _print(history: History) -> None:
     reading = history.now
     assert reading is not None
     for fault in reading.faults:
@@ -120,7 +121,7 @@ def _print(history: screen.History) -> None:
 
 
 def _watch(
-    history: screen.History,
+    history: History,
     picture: screen.Screen,
     console: Console,
     interval_s: float,
@@ -136,7 +137,7 @@ def _watch(
 
 
 def _play(
-    recorded: Sequence[Reading], history: screen.History, picture: screen.Screen, console: Console
+    recorded: Sequence[Reading], history: History, picture: screen.Screen, console: Console
 ) -> None:
     """At the recorded pace; the last picture stays until the user quits."""
     with Keys() as keys, _live(console) as live:
