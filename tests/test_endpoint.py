@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from kvcached_plugins.vllm import endpoint, limits
+from kvcached_plugins.vllm import endpoint
 from kvcached_plugins.vllm.endpoint import Endpoint
+from kvcached_plugins.vllm.server import Change
 from kvcached_vmm.ledger import Account, Ledger
 from kvcached_vmm.records import AccountView
 from kvcached_vmm.units import GIB, MIB
@@ -253,4 +254,4 @@ def test_naming_the_endpoint_alone_is_warned_about(
 
 def test_sizes_reach_the_ledger_as_bytes() -> None:
     body = json.dumps({"minimum": "2GiB", "maximum": str(3 * GIB), "weight": 100}).encode()
-    assert limits.parse(body) == limits.Change(2 * GIB, 3 * GIB, 100.0)
+    assert endpoint.parse(body) == Change(2 * GIB, 3 * GIB, 100.0)

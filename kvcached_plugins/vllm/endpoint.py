@@ -18,7 +18,9 @@ themselves. A server without a key lets everybody who reaches it change its limi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import logging
 import os
 import secrets
@@ -27,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 from kvcached_plugins import OFF, TOGGLE
 from kvcached_plugins.settings import Settings
-from kvcached_plugins.vllm import limits
-from kvcached_plugins.vllm.server import OwnEngines
+from kvcached_plugins.vllm.server import Change, OwnEngines, Refused, Server
 from kvcached_vmm.errors import KVCachedError
+from kvcached_vmm.units import LARGEST, parse_size
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -41,6 +43,17 @@ logger = logging.getLogger("vllm.kvcached")
 BODY_BYTES = 1 << 16
 """A longer body is refused unread."""
 
+FIELDS = ("minimum", "maximum", "weight", "cache")
+WEIGHTS = 0.01, 100.0
+
+
+class BadRequest(KVCachedError):
+    """The request cannot be done; ``status`` is the HTTP status that says so."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
 
 class Endpoint:
     """What vLLM calls an endpoint plugin: it adds our routes if the elastic cache is on."""
@@ -50,7 +63,7 @@ class Endpoint:
 
     def __init__(self) -> None:
         self._keys: list[bytes] | None = None
-        self._server: limits.Server | None = None
+        self._server: Server | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes. They refuse everything until ``init_state`` has been called."""
@@ -69,7 +82,7 @@ class Endpoint:
         """Learn the server's keys and its engines, before it answers anybody."""
         keys = args.api_key or [os.environ.get("VLLM_API_KEY")]
         self._keys = [_digest(key) for key in keys if key]
-        self._server = limits.Server(Settings.read().directory, OwnEngines(args))
+        self._server = Server(Settings.read().directory, OwnEngines(args))
 
     async def _show(self, request: Request) -> Response:
         from starlette.concurrency import run_in_threadpool
@@ -97,10 +110,12 @@ class Endpoint:
         assert self._server is not None
         try:
             if body is not None:
-                self._server.apply(limits.parse(body))
+                self._server.apply(parse(body))
             found = self._server.read()
-        except limits.BadRequest as error:
+        except BadRequest as error:
             return _error(error.status, str(error))
+        except Refused as error:
+            return _error(422, str(error))
         except KVCachedError as error:
             return _error(503, str(error))
         return JSONResponse(
@@ -130,6 +145,31 @@ class Endpoint:
         return not self._keys or (scheme.lower() == "bearer" and any(matches))
 
 
+def parse(body: bytes) -> Change:
+    """The change that a JSON object asks for.
+
+    Raises:
+        BadRequest: 400 if it is not JSON, 422 if it is not a change.
+    """
+    try:
+        asked = json.loads(body, object_pairs_hook=_each_once)
+    except (ValueError, RecursionError):
+        raise BadRequest(400, "The body is not JSON.") from None
+    if not isinstance(asked, dict) or not asked:
+        raise BadRequest(422, f"Give a JSON object with one or more of {', '.join(FIELDS)}.")
+    unknown = sorted(asked.keys() - set(FIELDS))
+    if unknown:
+        raise BadRequest(422, f"{unknown[0]!r} is none of {', '.join(FIELDS)}.")
+    return Change(
+        _size(asked, "minimum"),
+        None if _is_null(asked, "maximum") else _size(asked, "maximum"),
+        _weight(asked),
+        None if _is_null(asked, "cache") else _size(asked, "cache"),
+        _is_null(asked, "maximum"),
+        _is_null(asked, "cache"),
+    )
+
+
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
@@ -144,3 +184,41 @@ def _error(status: int, sentence: str) -> Response:
     from starlette.responses import JSONResponse
 
     return JSONResponse({"error": {"message": sentence, "code": status}}, status_code=status)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise BadRequest(422, "Each field may be given once.")
+    return dict(pairs)
+
+
+def _is_null(asked: dict[str, Any], field: str) -> bool:
+    return field in asked and asked[field] is None
+
+
+def _size(asked: dict[str, Any], field: str) -> int | None:
+    if field not in asked:
+        return None
+    size = asked[field]
+    if isinstance(size, str):
+        with contextlib.suppress(ValueError):
+            size = parse_size(size)
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < LARGEST:
+        raise BadRequest(
+            422, f"{field} must be a size from 0 up, as a number of bytes or a text such as 2GiB."
+        )
+    return size
+
+
+def _weight(asked: dict[str, Any]) -> float | None:
+    if "weight" not in asked:
+        return None
+    weight = asked["weight"]
+    least, most = WEIGHTS
+    if (
+        not isinstance(weight, (int, float))
+        or isinstance(weight, bool)
+        or not least <= weight <= most
+    ):
+        raise BadRequest(422, f"weight must be a number from {least:g} to {most:g}.")
+    return float(weight)
