@@ -56,7 +56,17 @@ def test_an_engine_is_ours_in_this_process_or_below_it(view: AccountView) -> Non
         assert mine(dataclasses.replace(view, pid=child.pid))
         assert mine(dataclasses.replace(view, pid=grandchild))
         child.communicate()
-    assert not mine(dataclasses.replace(view, pid=grandchild))
+    assert not OwnEngines(ONE)(dataclasses.replace(view, pid=grandchild))
+
+
+def test_a_process_is_looked_up_once_and_a_later_one_of_its_number_again(
+    monkeypatch: pytest.MonkeyPatch, view: AccountView
+) -> None:
+    mine = OwnEngines(ONE)
+    assert mine(view)
+    monkeypatch.setattr(mine, "_is_below", lambda pid: False)
+    assert mine(view)
+    assert not mine(dataclasses.replace(view, started=view.started + 1))
 
 
 def test_what_is_above_or_elsewhere_is_not_ours(view: AccountView) -> None:
