@@ -86,6 +86,7 @@ _mount(
     "kvcached_plugins.cli.contract:app",
     "Which engine versions are supported, and whether the installed one is.",
 )
+_mount("exporter", "kvcached_plugins.cli.exporter:exporter", "The ledgers, for Prometheus.")
 
 
 def _print_version(wanted: bool) -> None:

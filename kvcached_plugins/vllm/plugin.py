@@ -46,6 +46,7 @@ PATCHES = (
         "engine:get_num_blocks_to_allocate",
     ),
     Patch("vllm.v1.worker.worker_base:resolve_obj_by_qualname", "plugin:resolve_worker_class"),
+    Patch("vllm.entrypoints.serve.instrumentator.metrics:attach_router", "metrics:attach_router"),
 )
 
 WORKER_PATCHES = (

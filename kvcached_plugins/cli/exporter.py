@@ -1,0 +1,91 @@
+"""`kvcached exporter`: the ledgers of this machine, for Prometheus."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.exposition import generate_latest
+
+from kvcached_plugins.metrics import LedgerCollector
+from kvcached_plugins.settings import Settings
+from kvcached_vmm.errors import SettingsError
+
+
+def exporter(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")] = 9440,
+    textfile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write this file and end, in place of listening."),
+    ] = None,
+    every: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="Write the file again and again.")
+    ] = 0.0,
+    directory: Annotated[
+        Path | None,
+        typer.Option("--dir", help="Folder of the ledgers.", show_default="KVCACHED_DIR"),
+    ] = None,
+) -> None:
+    """Export what all engines of this user have, need and did, for Prometheus.
+
+    Answers on http://127.0.0.1:9440/metrics until it is ended; whoever can reach another address
+    that you name can read it. With --textfile it writes a file for node_exporter instead, readable
+    by all. A ledger that cannot be read is `kvcached_ledger_up 0`.
+
+      kvcached exporter --port 9440
+
+      kvcached exporter --textfile /var/lib/node_exporter/kvcached.prom --every 15
+
+    Exit status: 0 when it was ended, 2 if the address or file cannot be used.
+    """
+    registry = CollectorRegistry()
+    registry.register(LedgerCollector(directory or Settings.read().directory))
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    if textfile is not None:
+        write_textfile(textfile, registry)
+        while every and not ended.wait(every):
+            write_textfile(textfile, registry)
+        return
+    try:
+        server, _ = start_http_server(port, host, registry)
+    except OSError as error:
+        raise SettingsError(
+            f"Nothing can listen on {host}, port {port}: {error.strerror}; give another --host "
+            "or --port."
+        ) from error
+    shown = f"[{host}]" if ":" in host else host
+    typer.echo(f"Metrics are at http://{shown}:{server.server_port}/metrics; Ctrl-C ends.")
+    ended.wait()
+    server.shutdown()
+    server.server_close()
+
+
+def write_textfile(path: Path, registry: CollectorRegistry) -> None:
+    """Write what ``registry`` has to ``path`` at one stroke, readable by all.
+
+    Raises:
+        SettingsError: the file cannot be written.
+    """
+    content = generate_latest(registry)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.unlink(missing_ok=True)
+        with open(part, "xb") as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.write(content)
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise SettingsError(
+            f"The file {path} cannot be written: {error.strerror}; give --textfile another path."
+        ) from error
