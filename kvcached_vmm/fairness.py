@@ -6,6 +6,7 @@ has to be told.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ def fair_shares(total: int, claims: Sequence[Claim]) -> list[int]:
     What one does not need goes to the others (weighted max-min fairness). Floors are met first.
     """
     shares = [claim.floor for claim in claims]
-    left = total - sum(shares)
+    settled = sum(shares)
     steps = sorted(
         (level, opens, index)
         for index, (weight, floor, cap) in enumerate(claims)
@@ -37,21 +38,23 @@ def fair_shares(total: int, claims: Sequence[Claim]) -> list[int]:
         for level, opens in ((floor / weight, 1), (cap / weight, 0))
     )
     rising: set[int] = set()
-    height = 0.0
+    width = 0.0
     for level, opens, index in steps:
-        width = sum(claims[each].weight for each in rising)
-        risen = min(level - height, left / width if width else level - height)
-        for each in rising:
-            shares[each] += int(risen * claims[each].weight)
-        left -= int(risen * width)
-        if left <= 0:
+        if settled + level * width >= total:
             break
-        height = level
         if opens:
             rising.add(index)
+            settled -= claims[index].floor
+            width += claims[index].weight
         else:
             rising.discard(index)
             shares[index] = claims[index].cap
+            settled += claims[index].cap
+            width -= claims[index].weight
+    width = math.fsum(claims[index].weight for index in rising)
+    for index in rising:
+        weight, floor, cap = claims[index]
+        shares[index] = min(cap, max(floor, int((total - settled) * (weight / width))))
     return shares
 
 
