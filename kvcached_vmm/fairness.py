@@ -87,13 +87,14 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
         if not each.wanted_bytes and now - each.heartbeat < SILENCE_SECONDS
     }
 
-    def owe(slot: int, size_bytes: int) -> None:
+    def owe(slot: int, size_bytes: int) -> int:
         nonlocal need
         part = max(0, min(size_bytes, spare[slot], need))
         if part:
             owed[slot] = owed.get(slot, 0) + part
             spare[slot] -= part
             need -= part
+        return part
 
     givers = [each for each in view.accounts if each.slot in spare]
     for giver in sorted(givers, key=lambda each: share_of[each.slot] - each.used_bytes):
@@ -108,8 +109,7 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
     for used_at, slot, size_bytes in parcels:
         if firm <= 0 and used_at >= older_than:
             break
-        owe(slot, size_bytes)
-        firm -= size_bytes
+        firm -= owe(slot, size_bytes)
     return owed
 
 
