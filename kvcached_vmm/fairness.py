@@ -101,9 +101,9 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
         owe(giver.slot, giver.idle_bytes)
     firm = wanted - view.free_bytes - sum(owed.values())
     parcels = sorted(
-        (used_at, giver.slot, -(-giver.evictable_bytes // AGES))
+        (used_at, giver.slot, (giver.evictable_bytes + index) // AGES)
         for giver in givers
-        for used_at in giver.ages
+        for index, used_at in enumerate(giver.ages)
         if giver.evictable_bytes
     )
     for used_at, slot, size_bytes in parcels:

@@ -96,7 +96,7 @@ def test_nobody_is_asked_for_what_it_needs_or_was_promised(machine: LedgerView) 
         if asked:
             assert not each.wanted_bytes, "a waiter gives nothing"
             assert NOW - each.heartbeat < SILENCE_SECONDS, "the silent are not counted on"
-            assert asked <= each.idle_bytes + each.evictable_bytes + AGES
+            assert asked <= each.idle_bytes + each.evictable_bytes
             assert each.used_bytes - asked >= each.minimum_bytes
 
 
