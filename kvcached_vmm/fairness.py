@@ -72,19 +72,21 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
     First what holds no content, from the engine furthest above its fair share on; then cached
     blocks, those that were used longest ago first, whoever has them. An engine that could evict
     cached blocks of its own gets only older ones. Guarantees hold, and live blocks are not touched.
-    Who has not reported for a while, as ``now`` on the monotonic clock tells, is not counted on.
+    Who has not reported for a while, as ``now`` on the monotonic clock tells, is neither counted on
+    nor served: it could not use what others evict.
     """
     shares = fair_shares(view.capacity_bytes, [claim_of(each) for each in view.accounts])
     share_of = {each.slot: share for each, share in zip(view.accounts, shares, strict=True)}
-    wanted, coveted, older_than = _needs(view.accounts, share_of)
+    heard = [each for each in view.accounts if now - each.heartbeat < SILENCE_SECONDS]
+    wanted, coveted, older_than = _needs(heard, share_of)
     need = wanted + coveted - view.free_bytes
     owed: dict[int, int] = {}
     if need <= 0:
         return owed
     spare = {
         each.slot: max(0, each.used_bytes - each.minimum_bytes)
-        for each in view.accounts
-        if not each.wanted_bytes and now - each.heartbeat < SILENCE_SECONDS
+        for each in heard
+        if not each.wanted_bytes
     }
 
     def owe(slot: int, size_bytes: int) -> int:
@@ -96,7 +98,7 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
             need -= part
         return part
 
-    givers = [each for each in view.accounts if each.slot in spare]
+    givers = [each for each in heard if each.slot in spare]
     for giver in sorted(givers, key=lambda each: share_of[each.slot] - each.used_bytes):
         owe(giver.slot, giver.idle_bytes)
     firm = wanted - view.free_bytes - sum(owed.values())

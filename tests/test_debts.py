@@ -159,6 +159,12 @@ def test_one_who_may_not_give_does_not_stand_before_one_who_may() -> None:
     assert debts(ledger(80, guarded, free, waiter), NOW) == {1: 8}
 
 
+def test_nobody_clears_out_for_an_engine_that_has_stopped() -> None:
+    cache = engine(0, committed_bytes=50, evictable_bytes=50)
+    stopped = engine(1, wanted_bytes=20, demand_bytes=20, heartbeat=NOW - 2 * SILENCE_SECONDS)
+    assert debts(ledger(50, cache, stopped), NOW) == {}
+
+
 def test_nobody_gives_while_there_is_enough() -> None:
     cache = engine(0, committed_bytes=50 * MIB, evictable_bytes=50 * MIB)
     waiter = engine(1, wanted_bytes=20 * MIB, demand_bytes=20 * MIB)
