@@ -43,7 +43,7 @@ step of it."""
 
 SUFFIX = ".ledger"
 _READ_ATTEMPTS = 64
-_COUNT = struct.Struct("<Q")
+_PID = struct.Struct("<q")
 
 
 class Ledger:
@@ -58,7 +58,8 @@ class Ledger:
         self._fd = fd
         self._map = mmap.mmap(fd, records.FILE_BYTES)
         self._threads = threading.Lock()
-        self._writing = _Writing(path, fd, self._map)
+        self._count = memoryview(self._map)[records.CHANGES_AT : records.CHANGES_AT + 8].cast("Q")
+        self._writing = _Writing(path, fd, self._count)
         self._own: int | None = None
         self._read: dict[int, tuple[bytes, Record]] = {}
         self.bell = Bell(self._map, records.BELL_AT)
@@ -99,10 +100,10 @@ class Ledger:
             if self._fd < 0:
                 raise LedgerError(f"The ledger {self.path} is closed.")
             for _ in range(_READ_ATTEMPTS):
-                before = self._changes()
+                before = self._count[0]
                 with contextlib.suppress(LedgerError):
                     view = self._view()
-                    if before % 2 == 0 and before == self._changes():
+                    if before % 2 == 0 and before == self._count[0]:
                         break
             else:
                 with self._writing:
@@ -239,11 +240,8 @@ class Ledger:
     def _header(self) -> tuple[bytes, int, int, int, int, int]:
         return records.HEADER.unpack_from(self._map)
 
-    def _changes(self) -> int:
-        return int(_COUNT.unpack_from(self._map, records.CHANGES_AT)[0])
-
     def _pid(self, slot: int) -> int:
-        return int(_COUNT.unpack_from(self._map, _at(slot))[0])
+        return int(_PID.unpack_from(self._map, _at(slot))[0])
 
     def _record(self, slot: int) -> Record:
         at = _at(slot)
@@ -299,6 +297,7 @@ class Ledger:
 
     def _close(self) -> None:
         if self._fd >= 0:
+            self._count.release()
             self._map.close()
             os.close(self._fd)
             self._fd = self._writing.fd = -1
@@ -306,28 +305,32 @@ class Ledger:
 
 class _Writing:
     """Alone among writers, in a ``with``. Readers notice; a count that a dead writer left odd is
-    mended. ``epoch`` changes when anybody else has written in between."""
+    mended. ``epoch`` changes when anybody else has written in between.
 
-    def __init__(self, path: Path, fd: int, shared: mmap.mmap) -> None:
+    The count is written as one word: ``pack_into`` would make it 0 first, for readers to see and
+    for a dead writer to leave.
+    """
+
+    def __init__(self, path: Path, fd: int, count: memoryview) -> None:
         self.fd = fd
         self.epoch = 0
         self._path = path
         self._processes = FileMutex(fd)
-        self._map = shared
+        self._count = count
         self._changes = -1
 
     def __enter__(self) -> None:
         if self.fd < 0:
             raise LedgerError(f"The ledger {self._path} is closed.")
         self._processes.__enter__()
-        changes = _COUNT.unpack_from(self._map, records.CHANGES_AT)[0]
+        changes = self._count[0]
         if changes != self._changes:
             self.epoch += 1
         self._changes = (changes | 1) + 1
-        _COUNT.pack_into(self._map, records.CHANGES_AT, changes | 1)
+        self._count[0] = changes | 1
 
     def __exit__(self, *_: object) -> None:
-        _COUNT.pack_into(self._map, records.CHANGES_AT, self._changes)
+        self._count[0] = self._changes
         self._processes.__exit__()
 
 
