@@ -88,7 +88,9 @@ class Ledger:
     def close(self) -> None:
         """Close the file; an account that was opened on it ends, and its bytes are free."""
         with self._threads:
-            self._close()
+            if self._fd >= 0:
+                self.bell.ring()
+                self._close()
 
     def snapshot(self) -> LedgerView:
         """Who is there and what they use, all at one moment. The records of the dead are collected.
@@ -235,7 +237,7 @@ class Ledger:
             self._check_guarantees(account.slot, new.minimum)
             self._write(account.slot, records.TERMS[new.version % 2], new)
             self._writing.epoch += 1
-        self.bell.ring()
+        self._ring()
 
     def _header(self) -> tuple[bytes, int, int, int, int, int]:
         return records.HEADER.unpack_from(self._map)
@@ -294,6 +296,11 @@ class Ledger:
         self._writing.epoch += 1
         at = _at(slot)
         self._map[at : at + records.RECORD_BYTES] = bytes(records.RECORD_BYTES)
+
+    def _ring(self) -> None:
+        with self._threads:
+            if self._fd >= 0:
+                self.bell.ring()
 
     def _close(self) -> None:
         if self._fd >= 0:
@@ -455,8 +462,7 @@ class Account:
 
         See ``AccountView`` for what each means. A need that is new rings the bell.
         """
-        ledger, use, now = self._ledger, self._use, time.monotonic()
-        hungry = wanted_bytes + coveted_bytes > use.wanted + use.coveted
+        ledger, now = self._ledger, time.monotonic()
         with ledger._threads, ledger._writing:
             use = self._use
             demand = self._committed + self._reserved - idle_bytes - leaving_bytes + wanted_bytes
@@ -482,8 +488,8 @@ class Account:
             self._save()
             if counters is not None:
                 ledger._write(self.slot, records.COUNTERS, _flat(counters))
-        if hungry:
-            ledger.bell.ring()
+        if wanted_bytes + coveted_bytes > use.wanted + use.coveted:
+            ledger._ring()
 
     def others_wait(self) -> bool:
         """Whether another engine needs bytes that it does not get. Cheap; reads without the lock

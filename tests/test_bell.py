@@ -68,7 +68,7 @@ def test_the_interpreter_runs_on_while_one_thread_waits(shared: mmap.mmap) -> No
 def test_a_slow_ringer_does_not_unring_the_bell(
     shared: mmap.mmap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two ring while a third is about to; then one more rings. Whoever heard the second hears it."""
+    """Two ring while a third is about to; who has heard them hears the one after it, too."""
     bell, slow = Bell(shared, 40), Bell(shared, 40)
     before = bell.rings
     bell.ring()
@@ -142,7 +142,7 @@ def test_needs_that_are_not_new_ring_no_bell(account: Account) -> None:
     assert account.wait_for_bell(heard, LONG) != heard
 
 
-@pytest.mark.parametrize("by", ["account"])
+@pytest.mark.parametrize("by", ["account", "ledger"])
 def test_a_thread_that_waits_learns_that_its_account_was_closed(folder: Path, by: str) -> None:
     ledger = Ledger.open(folder, "host")
     account = ledger.join("ours", BUDGET)
