@@ -210,6 +210,7 @@ class Ledger:
                 minimum its maximum.
         """
         with self._threads, self._writing:
+            self._collect()
             record = self._record(account.slot) if self._pid(account.slot) else None
             if record is None or (record.who.pid, record.who.joined) != (
                 account.pid,
@@ -405,7 +406,10 @@ class Account:
         """
         ledger = self._ledger
         with ledger._threads, ledger._writing:
-            grant = self._grant(wanted_bytes, unit_bytes, free_bytes)
+            try:
+                grant = self._grant(wanted_bytes, unit_bytes, free_bytes)
+            except LedgerError:  # of somebody dead, or it will be raised again
+                grant = -1
             if grant < wanted_bytes:
                 ledger._collect()
                 grant = self._grant(wanted_bytes, unit_bytes, free_bytes)
@@ -507,6 +511,7 @@ class Account:
         """What is due to this engine while others wait, if it wants all that it can get."""
         ledger = self._ledger
         with ledger._threads, ledger._writing:
+            ledger._collect()
             return self._fair_share(ledger._view().capacity_bytes)
 
     def view(self) -> LedgerView:
