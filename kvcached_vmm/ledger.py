@@ -361,9 +361,11 @@ class Account:
     def __init__(self, ledger: Ledger, slot: int, terms: Terms, use: Use) -> None:
         self.slot = slot
         self._ledger = ledger
-        self._at = _at(slot) + records.USE.at
+        at = _at(slot) + records.USE.at
+        self._place = slice(at, at + records.USE.size)
         self._terms_read = b"", terms
         self._use = use
+        self._packed = bytearray()
         self._committed = self._reserved = 0
         self._peak_at = 0.0
         self._others = _Others(-1, 0, 0, 0, False)
@@ -539,11 +541,13 @@ class Account:
     def _save(self) -> None:
         *plain, ages = self._use
         plain[:2] = self._committed, self._reserved
-        self._ledger._write(self.slot, records.USE, (*plain, *ages))
+        self._packed = bytearray(records.USE.pack((*plain, *ages)))
+        self._ledger._map[self._place] = self._packed
 
     def _save_sums(self) -> None:
-        """The two figures that change all the time, without the others."""
-        records.rewrite_sums(self._ledger._map, self._at, self._committed, self._reserved)
+        """The two figures that change all the time; the others as we know them."""
+        records.rewrite_sums(self._packed, self._committed, self._reserved)
+        self._ledger._map[self._place] = self._packed
 
     def _grant(self, wanted: int, unit: int, free: int) -> int:
         ledger = self._ledger

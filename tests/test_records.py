@@ -163,6 +163,17 @@ def test_terms_without_a_whole_copy_are_damage_to_others_and_stay_for_their_owne
     assert account.terms.maximum == 80 * MIB
 
 
+def test_an_owner_writes_what_it_knows_and_not_what_it_finds(
+    folder: Path, account: Account, onlooker: Ledger
+) -> None:
+    account.report(live_bytes=0, cached_bytes=0)
+    account.fix(5 * MIB)
+    flip(folder, USE.at + 16)  # in the fixed bytes
+    account.cancel(account.reserve(MIB))
+    (seen,) = onlooker.snapshot().accounts
+    assert seen.fixed_bytes == 5 * MIB
+
+
 @pytest.mark.parametrize("version", [0, 1, 7])
 def test_the_newer_copy_of_terms_is_in_force(version: int) -> None:
     raw = bytearray(records.RECORD_BYTES)
