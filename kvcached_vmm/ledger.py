@@ -346,6 +346,7 @@ class _Others(NamedTuple):
     """Sums over the other accounts, good until somebody else writes."""
 
     epoch: int
+    used: int
     kept: int
     fixed: int
     reserved: int
@@ -368,7 +369,7 @@ class Account:
         self._packed = bytearray()
         self._committed = self._reserved = 0
         self._peak_at = 0.0
-        self._others = _Others(-1, 0, 0, 0, False)
+        self._others = _Others(-1, 0, 0, 0, 0, False)
 
     @property
     def budget_bytes(self) -> int:
@@ -394,6 +395,9 @@ class Account:
         self, wanted_bytes: int, unit_bytes: int = 1, free_bytes: int = records.NO_LIMIT
     ) -> int:
         """Grant up to ``wanted_bytes``, in whole units, from what nobody uses or was promised.
+
+        Within its own minimum an engine gets what nobody uses, promised to others or not: two whose
+        guarantees cannot be met yet do not lock each other out.
 
         While another engine waits that has less than its fair share, one that has its own gets
         nothing more.
@@ -557,10 +561,14 @@ class Account:
             others = self._others = self._look_at_others()
         own = self._committed + self._reserved
         capacity = budget if set_by_user else budget - others.fixed - self._use.fixed
+        terms = self.terms
+        room = capacity - others.kept
+        if terms.minimum > room:
+            room = max(room, min(capacity - others.used, terms.minimum))
         room = min(
             wanted,
-            capacity - others.kept - own,
-            self.terms.maximum - own,
+            room - own,
+            terms.maximum - own,
             free - others.reserved - self._reserved,
         )
         if others.wait and room > 0:
@@ -569,16 +577,18 @@ class Account:
 
     def _look_at_others(self) -> _Others:
         ledger = self._ledger
-        kept = fixed = reserved = 0
+        used = kept = fixed = reserved = 0
         wait = False
         for slot in ledger._used():
             if slot != self.slot:
                 _, terms, use, _ = ledger._record(slot)
-                kept += max(use.committed + use.reserved, terms.minimum)
+                has = use.committed + use.reserved
+                used += has
+                kept += max(has, terms.minimum)
                 fixed += use.fixed
                 reserved += use.reserved
                 wait = wait or use.wanted > 0
-        return _Others(ledger._writing.epoch, kept, fixed, reserved, wait)
+        return _Others(ledger._writing.epoch, used, kept, fixed, reserved, wait)
 
     def _fair_share(self, capacity: int) -> int:
         """What is ours when we want all that we can get."""

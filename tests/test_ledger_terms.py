@@ -112,6 +112,20 @@ def test_a_minimum_set_later_is_kept_from_others_as_memory_comes_free(
     assert hoarder.reserve(BUDGET) == 10 * MIB
 
 
+def test_two_guarantees_that_are_not_met_yet_do_not_lock_each_other_out(engines: Engines) -> None:
+    """What has come free is within the guarantee of either; nobody else may have it."""
+    hoarder = engines()
+    hoarder.commit(hoarder.reserve(90 * MIB), 90 * MIB)
+    first, second = engines(minimum_bytes=30 * MIB), engines(minimum_bytes=30 * MIB)
+    assert hoarder.reserve(MIB) == 0
+    assert first.reserve(6 * MIB) == 6 * MIB
+    assert second.reserve(30 * MIB) == 4 * MIB
+    hoarder.release(40 * MIB)
+    assert first.reserve(BUDGET) == 24 * MIB
+    assert second.reserve(BUDGET) == 16 * MIB
+    assert hoarder.reserve(MIB) == 0
+
+
 def test_guarantees_that_do_not_fit_are_refused_and_change_nothing(
     engines: Engines, onlooker: Ledger
 ) -> None:
