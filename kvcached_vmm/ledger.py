@@ -41,6 +41,9 @@ CALM_SECONDS = 1.0
 """How long the most that an engine needed counts as what it needs: shares do not swing with every
 step of it."""
 
+LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000.0
+"""One engine's weight is a divisor in what all others reckon."""
+
 SUFFIX = ".ledger"
 _READ_ATTEMPTS = 64
 _PID = struct.Struct("<q")
@@ -143,7 +146,8 @@ class Ledger:
             arena_bytes: addresses that its KV cache has, for people.
 
         Raises:
-            LedgerError: full, another budget in use, or the minimum is not to be had.
+            LedgerError: full, another budget in use, the minimum is not to be had, or terms that
+                make no sense.
         """
         with self._threads, self._writing:
             if self._own is not None:
@@ -160,7 +164,7 @@ class Ledger:
                     f"{self.device} share {format_size(budget)}; use that value or stop them first."
                 )
             terms = _terms(0, minimum_bytes, maximum_bytes, weight, cache_bytes, 0)
-            self._check_guarantees(None, terms.minimum)
+            self._check_terms(None, terms)
             free = (slot for slot in range(records.SLOTS) if not self._pid(slot))
             slot = next((slot for slot in free if try_lock(self._fd, 1 + slot)), None)
             if slot is None:
@@ -206,8 +210,8 @@ class Ledger:
             trim: ask it to give back all that it can spare.
 
         Raises:
-            LedgerError: the engine has left, or the guarantees would exceed the budget, or the
-                minimum its maximum.
+            LedgerError: the engine has left, or the guarantees would exceed the budget, or terms
+                that make no sense.
         """
         with self._threads, self._writing:
             self._collect()
@@ -230,12 +234,7 @@ class Ledger:
                 -1 if no_cache_bound else old.cache if cache_bytes is None else cache_bytes,
                 old.trims + trim,
             )
-            if new.minimum > new.maximum:
-                raise LedgerError(
-                    f"A minimum of {format_size(new.minimum)} is more than the maximum of "
-                    f"{format_size(new.maximum)}; raise that first."
-                )
-            self._check_guarantees(account.slot, new.minimum)
+            self._check_terms(account.slot, new)
             self._write(account.slot, records.TERMS[new.version % 2], new)
             self._writing.epoch += 1
         self._ring()
@@ -274,14 +273,27 @@ class Ledger:
         _, _, _, budget, set_by_user, _ = self._header()
         return LedgerView(self.device, budget, bool(set_by_user), accounts)
 
-    def _check_guarantees(self, slot: int | None, minimum: int) -> None:
+    def _check_terms(self, slot: int | None, terms: Terms) -> None:
+        sizes = terms.minimum, terms.maximum, max(terms.cache, 0)
+        if not all(0 <= size <= records.NO_LIMIT for size in sizes):
+            raise LedgerError("A limit is not accepted: give 0 or more and less than 4 EiB.")
+        if not LEAST_WEIGHT <= terms.weight <= MOST_WEIGHT:
+            raise LedgerError(
+                f"A weight of {terms.weight:g} is not accepted: give a number from "
+                f"{LEAST_WEIGHT:g} to {MOST_WEIGHT:g}."
+            )
+        if terms.minimum > terms.maximum:
+            raise LedgerError(
+                f"A minimum of {format_size(terms.minimum)} is more than the maximum of "
+                f"{format_size(terms.maximum)}; raise that first."
+            )
         budget = self._header()[3]
         others = sum(self._record(each).terms.minimum for each in self._used() if each != slot)
-        if others + minimum > budget:
+        if others + terms.minimum > budget:
             raise LedgerError(
-                f"A minimum of {format_size(minimum)} cannot be guaranteed: {format_size(others)} "
-                f"of the budget of {format_size(budget)} on {self.device} are promised to other "
-                "engines; lower it (KVCACHED_MIN)."
+                f"A minimum of {format_size(terms.minimum)} cannot be guaranteed: "
+                f"{format_size(others)} of the budget of {format_size(budget)} on {self.device} "
+                "are promised to other engines; lower it (KVCACHED_MIN)."
             )
 
     def _is_dead(self, slot: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -136,6 +137,36 @@ def test_guarantees_that_do_not_fit_are_refused_and_change_nothing(
     assert (second.terms.minimum, second.terms.weight) == (10 * MIB, 1.0)
     onlooker.set_terms(seen(onlooker, "first"), minimum_bytes=50 * MIB)
     onlooker.set_terms(seen(onlooker, "second"), minimum_bytes=50 * MIB)
+
+
+IMPOSSIBLE = [
+    pytest.param({"minimum_bytes": 60, "maximum_bytes": 50}, "raise that first", id="min-over-max"),
+    pytest.param({"weight": 0.0}, "from 0.001 to 1000", id="no-weight"),
+    pytest.param({"weight": -1.0}, "from 0.001 to 1000", id="negative-weight"),
+    pytest.param({"weight": math.nan}, "from 0.001 to 1000", id="no-number"),
+    pytest.param({"weight": math.inf}, "from 0.001 to 1000", id="infinite-weight"),
+    pytest.param({"minimum_bytes": -1}, "0 or more and less than", id="negative-minimum"),
+    pytest.param({"maximum_bytes": -1}, "0 or more and less than", id="negative-maximum"),
+    pytest.param(
+        {"maximum_bytes": 1 << 63}, "0 or more and less than", id="beyond-the-file"
+    ),
+    pytest.param({"cache_bytes": 1 << 63}, "0 or more and less than", id="cache-beyond-that"),
+]
+
+
+@pytest.mark.parametrize(("terms", "told"), IMPOSSIBLE)
+def test_impossible_terms_are_refused_at_run_time_and_at_the_start(
+    engines: Engines, onlooker: Ledger, terms: dict[str, Any], told: str
+) -> None:
+    account, neighbour = engines(), engines("neighbour")
+    before = account.terms
+    with pytest.raises(LedgerError, match=told):
+        onlooker.set_terms(seen(onlooker), **terms)
+    with pytest.raises(LedgerError, match=told):
+        engines("newcomer", **terms)
+    assert account.terms == before
+    assert {each.name for each in onlooker.snapshot().accounts} == {"engine", "neighbour"}
+    assert neighbour.fair_share_bytes() == BUDGET
 
 
 def test_terms_are_for_the_engine_that_was_seen_and_not_for_its_heir(
