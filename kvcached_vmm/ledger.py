@@ -675,8 +675,12 @@ _open_ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    """A child that inherits the open file would keep its parent's record alive."""
+    """A child that inherits the open file would keep its parent's record alive.
+
+    The lock between threads may be held by one that the child has not got.
+    """
     for ledger in list(_open_ledgers):
+        ledger._threads = threading.Lock()
         ledger._close()
 
 

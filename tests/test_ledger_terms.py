@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -246,3 +248,37 @@ def test_a_closed_ledger_says_so(engines: Engines, onlooker: Ledger) -> None:
     ):
         with pytest.raises(LedgerError, match=r"host\.ledger is closed"):
             call()
+
+
+def test_a_child_forked_while_a_thread_writes_can_leave(folder: Path) -> None:
+    """A lock that a thread holds at the fork is held for ever in the child, which has no thread."""
+    ledger = Ledger.open(folder, "host")
+    account = ledger.join("parent", BUDGET)
+    held, forked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with ledger._threads:
+            held.set()
+            forked.wait(20)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(20)
+    child = os.fork()
+    if child == 0:
+        account.close()
+        os._exit(7)
+    forked.set()
+    thread.join()
+    for _ in range(200):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        threading.Event().wait(0.01)
+    else:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert done, "the child hangs"
+    assert os.waitstatus_to_exitcode(status) == 7
+    assert seen(ledger, "parent").pid == os.getpid()
+    ledger.close()
