@@ -25,7 +25,7 @@ import psutil
 from kvcached_vmm import records
 from kvcached_vmm.bell import Bell
 from kvcached_vmm.errors import LedgerError
-from kvcached_vmm.fairness import Claim, claim_of, fair_shares
+from kvcached_vmm.fairness import SILENCE_SECONDS, Claim, claim_of, fair_shares
 from kvcached_vmm.locks import (
     FileMutex,
     is_locked,
@@ -362,7 +362,8 @@ class _Others(NamedTuple):
     kept: int
     fixed: int
     reserved: int
-    wait: bool
+    waiter_heard: float
+    """When one that waits last reported, on the monotonic clock; 0 if nobody waits."""
 
 
 class Account:
@@ -381,7 +382,7 @@ class Account:
         self._packed = bytearray()
         self._committed = self._reserved = 0
         self._peak_at = 0.0
-        self._others = _Others(-1, 0, 0, 0, 0, False)
+        self._others = _Others(-1, 0, 0, 0, 0, 0.0)
 
     @property
     def budget_bytes(self) -> int:
@@ -412,7 +413,7 @@ class Account:
         guarantees cannot be met yet do not lock each other out.
 
         While another engine waits that has less than its fair share, one that has its own gets
-        nothing more.
+        nothing more. One that has stopped, and reports no more, holds nobody back.
 
         Args:
             wanted_bytes: how much is wanted.
@@ -514,14 +515,17 @@ class Account:
             ledger._ring()
 
     def others_wait(self) -> bool:
-        """Whether another engine needs bytes that it does not get. Cheap; reads without the lock
-        and may be out of date by an instant."""
+        """Whether another engine, which has reported lately, needs bytes that it does not get.
+
+        Cheap; reads without the lock and may be out of date by an instant.
+        """
         ledger = self._ledger
         for slot in ledger._used():
             if slot != self.slot:
                 with contextlib.suppress(LedgerError):
                     use = ledger._record(slot).use
-                    if use.wanted or use.coveted:
+                    waits = use.wanted or use.coveted
+                    if waits and time.monotonic() - use.heartbeat < SILENCE_SECONDS:
                         return True
         return False
 
@@ -583,14 +587,15 @@ class Account:
             terms.maximum - own,
             free - others.reserved - self._reserved,
         )
-        if others.wait and room > 0:
+        heard = others.waiter_heard
+        if heard and room > 0 and time.monotonic() - heard < SILENCE_SECONDS:
             room = min(room, self._fair_share(capacity) - own)
         return max(0, room // unit * unit)
 
     def _look_at_others(self) -> _Others:
         ledger = self._ledger
         used = kept = fixed = reserved = 0
-        wait = False
+        waiter_heard = 0.0
         for slot in ledger._used():
             if slot != self.slot:
                 _, terms, use, _ = ledger._record(slot)
@@ -599,8 +604,9 @@ class Account:
                 kept += max(has, terms.minimum)
                 fixed += use.fixed
                 reserved += use.reserved
-                wait = wait or use.wanted > 0
-        return _Others(ledger._writing.epoch, used, kept, fixed, reserved, wait)
+                if use.wanted > 0:
+                    waiter_heard = max(waiter_heard, use.heartbeat)
+        return _Others(ledger._writing.epoch, used, kept, fixed, reserved, waiter_heard)
 
     def _fair_share(self, capacity: int) -> int:
         """What is ours when we want all that we can get."""

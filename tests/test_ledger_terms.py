@@ -149,9 +149,7 @@ IMPOSSIBLE = [
     pytest.param({"weight": math.inf}, "from 0.001 to 1000", id="infinite-weight"),
     pytest.param({"minimum_bytes": -1}, "0 or more and less than", id="negative-minimum"),
     pytest.param({"maximum_bytes": -1}, "0 or more and less than", id="negative-maximum"),
-    pytest.param(
-        {"maximum_bytes": 1 << 63}, "0 or more and less than", id="beyond-the-file"
-    ),
+    pytest.param({"maximum_bytes": 1 << 63}, "0 or more and less than", id="beyond-the-file"),
     pytest.param({"cache_bytes": 1 << 63}, "0 or more and less than", id="cache-beyond-that"),
 ]
 
