@@ -413,7 +413,8 @@ class Account:
         guarantees cannot be met yet do not lock each other out.
 
         While another engine waits that has less than its fair share, one that has its own gets
-        nothing more. One that has stopped, and reports no more, holds nobody back.
+        nothing more. It waits until it reports that nothing is wanted: what it is granted may be
+        less than it needs by now. One that has stopped, and reports no more, holds nobody back.
 
         Args:
             wanted_bytes: how much is wanted.
@@ -524,7 +525,7 @@ class Account:
             if slot != self.slot:
                 with contextlib.suppress(LedgerError):
                     use = ledger._record(slot).use
-                    waits = use.wanted or use.coveted
+                    waits = use.waiting_since or use.coveted
                     if waits and time.monotonic() - use.heartbeat < SILENCE_SECONDS:
                         return True
         return False
@@ -604,7 +605,7 @@ class Account:
                 kept += max(has, terms.minimum)
                 fixed += use.fixed
                 reserved += use.reserved
-                if use.wanted > 0:
+                if use.waiting_since:
                     waiter_heard = max(waiter_heard, use.heartbeat)
         return _Others(ledger._writing.epoch, used, kept, fixed, reserved, waiter_heard)
 

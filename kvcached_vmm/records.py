@@ -189,7 +189,7 @@ class AccountView:
         wanted_bytes: what requests need and it does not get.
         coveted_bytes: what it would rather be granted than evict cached blocks of its own.
         demand_bytes: the most that it needed in the last second, cached blocks not counted.
-        waiting_since: since when something is wanted; 0 if nothing is.
+        waiting_since: since when something is wanted; 0 if nothing was at the last report.
         heartbeat: when it last reported, on the monotonic clock.
         ages: when its evictable bytes were last used, oldest first, on the monotonic clock: each
             stands for an eighth of them.

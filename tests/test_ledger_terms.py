@@ -219,6 +219,25 @@ def test_an_engine_that_needs_no_more_than_it_has_leaves_the_rest(engines: Engin
     assert not hungry.others_wait()
 
 
+def test_one_in_the_middle_of_starting_requests_is_still_one_that_waits(
+    engines: Engines,
+) -> None:
+    """It gets what it has reported, and may need more at once; its next report tells."""
+    owner, waiter = engines("owner"), engines("waiter")
+    for engine in (owner, waiter):
+        engine.commit(engine.reserve(50 * MIB), 50 * MIB)
+    waiter.report(50 * MIB, 0, wanted_bytes=10 * MIB)
+    waiter.release(50 * MIB)
+    assert waiter.reserve(10 * MIB) == 10 * MIB
+    assert owner.others_wait()
+    assert owner.reserve(BUDGET) == 0
+    assert waiter.reserve(40 * MIB) == 40 * MIB
+    waiter.cancel(50 * MIB)
+    waiter.report(0, 0)
+    assert not owner.others_wait()
+    assert owner.reserve(BUDGET) == 50 * MIB
+
+
 def test_devices_are_those_that_have_a_ledger(folder: Path, tmp_path: Path) -> None:
     assert devices(tmp_path / "nowhere") == []
     assert not (tmp_path / "nowhere").exists()
