@@ -37,12 +37,16 @@ class Bell:
 
     @property
     def rings(self) -> int:
-        """How often it has rung, modulo 2**32."""
+        """A figure that is another one after every ring."""
         return int(_WORD.unpack_from(self._shared, self._at)[0])
 
     def ring(self) -> None:
-        """Wake everybody who waits. Two who ring at once may count as one; both are heard."""
-        _WORD.pack_into(self._shared, self._at, (self.rings + 1) & 0xFFFFFFFF)
+        """Wake everybody who waits.
+
+        The time is what no slow ringer can set back to a figure that somebody has heard.
+        """
+        word = _WORD.pack(time.monotonic_ns() & 0xFFFFFFFF)
+        self._shared[self._at : self._at + _WORD.size] = word
         if _FUTEX is not None:
             _libc.syscall(_FUTEX, self._address, _WAKE, _EVERYBODY, None, None, 0)
 

@@ -6,6 +6,7 @@ has to be told.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ def fair_shares(total: int, claims: Sequence[Claim]) -> list[int]:
     What one does not need goes to the others (weighted max-min fairness). Floors are met first.
     """
     shares = [claim.floor for claim in claims]
-    left = total - sum(shares)
+    settled = sum(shares)
     steps = sorted(
         (level, opens, index)
         for index, (weight, floor, cap) in enumerate(claims)
@@ -37,21 +38,23 @@ def fair_shares(total: int, claims: Sequence[Claim]) -> list[int]:
         for level, opens in ((floor / weight, 1), (cap / weight, 0))
     )
     rising: set[int] = set()
-    height = 0.0
+    width = 0.0
     for level, opens, index in steps:
-        width = sum(claims[each].weight for each in rising)
-        risen = min(level - height, left / width if width else level - height)
-        for each in rising:
-            shares[each] += int(risen * claims[each].weight)
-        left -= int(risen * width)
-        if left <= 0:
+        if settled + level * width >= total:
             break
-        height = level
         if opens:
             rising.add(index)
+            settled -= claims[index].floor
+            width += claims[index].weight
         else:
             rising.discard(index)
             shares[index] = claims[index].cap
+            settled += claims[index].cap
+            width -= claims[index].weight
+    width = math.fsum(claims[index].weight for index in rising)
+    for index in rising:
+        weight, floor, cap = claims[index]
+        shares[index] = min(cap, max(floor, int((total - settled) * (weight / width))))
     return shares
 
 
@@ -69,44 +72,46 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
     First what holds no content, from the engine furthest above its fair share on; then cached
     blocks, those that were used longest ago first, whoever has them. An engine that could evict
     cached blocks of its own gets only older ones. Guarantees hold, and live blocks are not touched.
-    Who has not reported for a while, as ``now`` on the monotonic clock tells, is not counted on.
+    Who has not reported for a while, as ``now`` on the monotonic clock tells, is neither counted on
+    nor served: it could not use what others evict.
     """
     shares = fair_shares(view.capacity_bytes, [claim_of(each) for each in view.accounts])
     share_of = {each.slot: share for each, share in zip(view.accounts, shares, strict=True)}
-    wanted, coveted, older_than = _needs(view.accounts)
+    heard = [each for each in view.accounts if now - each.heartbeat < SILENCE_SECONDS]
+    wanted, coveted, older_than = _needs(heard)
     need = wanted + coveted - view.free_bytes
     owed: dict[int, int] = {}
     if need <= 0:
         return owed
     spare = {
         each.slot: max(0, each.used_bytes - each.minimum_bytes)
-        for each in view.accounts
-        if not each.wanted_bytes and now - each.heartbeat < SILENCE_SECONDS
+        for each in heard
+        if not each.wanted_bytes
     }
 
-    def owe(slot: int, size_bytes: int) -> None:
+    def owe(slot: int, size_bytes: int) -> int:
         nonlocal need
         part = max(0, min(size_bytes, spare[slot], need))
         if part:
             owed[slot] = owed.get(slot, 0) + part
             spare[slot] -= part
             need -= part
+        return part
 
-    givers = [each for each in view.accounts if each.slot in spare]
+    givers = [each for each in heard if each.slot in spare]
     for giver in sorted(givers, key=lambda each: share_of[each.slot] - each.used_bytes):
         owe(giver.slot, giver.idle_bytes)
     firm = wanted - view.free_bytes - sum(owed.values())
     parcels = sorted(
-        (used_at, giver.slot, -(-giver.evictable_bytes // AGES))
+        (used_at, giver.slot, (giver.evictable_bytes + index) // AGES)
         for giver in givers
-        for used_at in giver.ages
+        for index, used_at in enumerate(giver.ages)
         if giver.evictable_bytes
     )
     for used_at, slot, size_bytes in parcels:
         if firm <= 0 and used_at >= older_than:
             break
-        owe(slot, size_bytes)
-        firm -= size_bytes
+        firm -= owe(slot, size_bytes)
     return owed
 
 

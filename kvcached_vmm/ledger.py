@@ -25,7 +25,7 @@ import psutil
 from kvcached_vmm import records
 from kvcached_vmm.bell import Bell
 from kvcached_vmm.errors import LedgerError
-from kvcached_vmm.fairness import Claim, claim_of, fair_shares
+from kvcached_vmm.fairness import SILENCE_SECONDS, Claim, claim_of, fair_shares
 from kvcached_vmm.locks import (
     FileMutex,
     is_locked,
@@ -41,9 +41,12 @@ CALM_SECONDS = 1.0
 """How long the most that an engine needed counts as what it needs: shares do not swing with every
 step of it."""
 
+LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000.0
+"""One engine's weight is a divisor in what all others reckon."""
+
 SUFFIX = ".ledger"
 _READ_ATTEMPTS = 64
-_COUNT = struct.Struct("<Q")
+_PID = struct.Struct("<q")
 
 
 class Ledger:
@@ -58,7 +61,8 @@ class Ledger:
         self._fd = fd
         self._map = mmap.mmap(fd, records.FILE_BYTES)
         self._threads = threading.Lock()
-        self._writing = _Writing(path, fd, self._map)
+        self._count = memoryview(self._map)[records.CHANGES_AT : records.CHANGES_AT + 8].cast("Q")
+        self._writing = _Writing(path, fd, self._count)
         self._own: int | None = None
         self._read: dict[int, tuple[bytes, Record]] = {}
         self.bell = Bell(self._map, records.BELL_AT)
@@ -87,7 +91,9 @@ class Ledger:
     def close(self) -> None:
         """Close the file; an account that was opened on it ends, and its bytes are free."""
         with self._threads:
-            self._close()
+            if self._fd >= 0:
+                self.bell.ring()
+                self._close()
 
     def snapshot(self) -> LedgerView:
         """Who is there and what they use, all at one moment. The records of the dead are collected.
@@ -99,10 +105,10 @@ class Ledger:
             if self._fd < 0:
                 raise LedgerError(f"The ledger {self.path} is closed.")
             for _ in range(_READ_ATTEMPTS):
-                before = self._changes()
+                before = self._count[0]
                 with contextlib.suppress(LedgerError):
                     view = self._view()
-                    if before % 2 == 0 and before == self._changes():
+                    if before % 2 == 0 and before == self._count[0]:
                         break
             else:
                 with self._writing:
@@ -140,7 +146,8 @@ class Ledger:
             arena_bytes: addresses that its KV cache has, for people.
 
         Raises:
-            LedgerError: full, another budget in use, or the minimum is not to be had.
+            LedgerError: full, another budget in use, the minimum is not to be had, or terms that
+                make no sense.
         """
         with self._threads, self._writing:
             if self._own is not None:
@@ -157,7 +164,7 @@ class Ledger:
                     f"{self.device} share {format_size(budget)}; use that value or stop them first."
                 )
             terms = _terms(0, minimum_bytes, maximum_bytes, weight, cache_bytes, 0)
-            self._check_guarantees(None, terms.minimum)
+            self._check_terms(None, terms)
             free = (slot for slot in range(records.SLOTS) if not self._pid(slot))
             slot = next((slot for slot in free if try_lock(self._fd, 1 + slot)), None)
             if slot is None:
@@ -203,10 +210,11 @@ class Ledger:
             trim: ask it to give back all that it can spare.
 
         Raises:
-            LedgerError: the engine has left, or the guarantees would exceed the budget, or the
-                minimum its maximum.
+            LedgerError: the engine has left, or the guarantees would exceed the budget, or terms
+                that make no sense.
         """
         with self._threads, self._writing:
+            self._collect()
             record = self._record(account.slot) if self._pid(account.slot) else None
             if record is None or (record.who.pid, record.who.joined) != (
                 account.pid,
@@ -226,24 +234,16 @@ class Ledger:
                 -1 if no_cache_bound else old.cache if cache_bytes is None else cache_bytes,
                 old.trims + trim,
             )
-            if new.minimum > new.maximum:
-                raise LedgerError(
-                    f"A minimum of {format_size(new.minimum)} is more than the maximum of "
-                    f"{format_size(new.maximum)}; raise that first."
-                )
-            self._check_guarantees(account.slot, new.minimum)
+            self._check_terms(account.slot, new)
             self._write(account.slot, records.TERMS[new.version % 2], new)
             self._writing.epoch += 1
-        self.bell.ring()
+        self._ring()
 
     def _header(self) -> tuple[bytes, int, int, int, int, int]:
         return records.HEADER.unpack_from(self._map)
 
-    def _changes(self) -> int:
-        return int(_COUNT.unpack_from(self._map, records.CHANGES_AT)[0])
-
     def _pid(self, slot: int) -> int:
-        return int(_COUNT.unpack_from(self._map, _at(slot))[0])
+        return int(_PID.unpack_from(self._map, _at(slot))[0])
 
     def _record(self, slot: int) -> Record:
         at = _at(slot)
@@ -273,14 +273,27 @@ class Ledger:
         _, _, _, budget, set_by_user, _ = self._header()
         return LedgerView(self.device, budget, bool(set_by_user), accounts)
 
-    def _check_guarantees(self, slot: int | None, minimum: int) -> None:
+    def _check_terms(self, slot: int | None, terms: Terms) -> None:
+        sizes = terms.minimum, terms.maximum, max(terms.cache, 0)
+        if not all(0 <= size <= records.NO_LIMIT for size in sizes):
+            raise LedgerError("A limit is not accepted: give 0 or more and less than 4 EiB.")
+        if not LEAST_WEIGHT <= terms.weight <= MOST_WEIGHT:
+            raise LedgerError(
+                f"A weight of {terms.weight:g} is not accepted: give a number from "
+                f"{LEAST_WEIGHT:g} to {MOST_WEIGHT:g}."
+            )
+        if terms.minimum > terms.maximum:
+            raise LedgerError(
+                f"A minimum of {format_size(terms.minimum)} is more than the maximum of "
+                f"{format_size(terms.maximum)}; raise that first."
+            )
         budget = self._header()[3]
         others = sum(self._record(each).terms.minimum for each in self._used() if each != slot)
-        if others + minimum > budget:
+        if others + terms.minimum > budget:
             raise LedgerError(
-                f"A minimum of {format_size(minimum)} cannot be guaranteed: {format_size(others)} "
-                f"of the budget of {format_size(budget)} on {self.device} are promised to other "
-                "engines; lower it (KVCACHED_MIN)."
+                f"A minimum of {format_size(terms.minimum)} cannot be guaranteed: "
+                f"{format_size(others)} of the budget of {format_size(budget)} on {self.device} "
+                "are promised to other engines; lower it (KVCACHED_MIN)."
             )
 
     def _is_dead(self, slot: int) -> bool:
@@ -297,8 +310,14 @@ class Ledger:
         at = _at(slot)
         self._map[at : at + records.RECORD_BYTES] = bytes(records.RECORD_BYTES)
 
+    def _ring(self) -> None:
+        with self._threads:
+            if self._fd >= 0:
+                self.bell.ring()
+
     def _close(self) -> None:
         if self._fd >= 0:
+            self._count.release()
             self._map.close()
             os.close(self._fd)
             self._fd = self._writing.fd = -1
@@ -306,28 +325,32 @@ class Ledger:
 
 class _Writing:
     """Alone among writers, in a ``with``. Readers notice; a count that a dead writer left odd is
-    mended. ``epoch`` changes when anybody else has written in between."""
+    mended. ``epoch`` changes when anybody else has written in between.
 
-    def __init__(self, path: Path, fd: int, shared: mmap.mmap) -> None:
+    The count is written as one word: ``pack_into`` would make it 0 first, for readers to see and
+    for a dead writer to leave.
+    """
+
+    def __init__(self, path: Path, fd: int, count: memoryview) -> None:
         self.fd = fd
         self.epoch = 0
         self._path = path
         self._processes = FileMutex(fd)
-        self._map = shared
+        self._count = count
         self._changes = -1
 
     def __enter__(self) -> None:
         if self.fd < 0:
             raise LedgerError(f"The ledger {self._path} is closed.")
         self._processes.__enter__()
-        changes = _COUNT.unpack_from(self._map, records.CHANGES_AT)[0]
+        changes = self._count[0]
         if changes != self._changes:
             self.epoch += 1
         self._changes = (changes | 1) + 1
-        _COUNT.pack_into(self._map, records.CHANGES_AT, changes | 1)
+        self._count[0] = changes | 1
 
     def __exit__(self, *_: object) -> None:
-        _COUNT.pack_into(self._map, records.CHANGES_AT, self._changes)
+        self._count[0] = self._changes
         self._processes.__exit__()
 
 
@@ -335,10 +358,12 @@ class _Others(NamedTuple):
     """Sums over the other accounts, good until somebody else writes."""
 
     epoch: int
+    used: int
     kept: int
     fixed: int
     reserved: int
-    wait: bool
+    waiter_heard: float
+    """When one that waits last reported, on the monotonic clock; 0 if nobody waits."""
 
 
 class Account:
@@ -350,12 +375,14 @@ class Account:
     def __init__(self, ledger: Ledger, slot: int, terms: Terms, use: Use) -> None:
         self.slot = slot
         self._ledger = ledger
-        self._at = _at(slot) + records.USE.at
+        at = _at(slot) + records.USE.at
+        self._place = slice(at, at + records.USE.size)
         self._terms_read = b"", terms
         self._use = use
+        self._packed = bytearray()
         self._committed = self._reserved = 0
         self._peak_at = 0.0
-        self._others = _Others(-1, 0, 0, 0, False)
+        self._others = _Others(-1, 0, 0, 0, 0, 0.0)
 
     @property
     def budget_bytes(self) -> int:
@@ -382,8 +409,12 @@ class Account:
     ) -> int:
         """Grant up to ``wanted_bytes``, in whole units, from what nobody uses or was promised.
 
+        Within its own minimum an engine gets what nobody uses, promised to others or not: two whose
+        guarantees cannot be met yet do not lock each other out.
+
         While another engine waits that has less than its fair share, one that has its own gets
-        nothing more.
+        nothing more. It waits until it reports that nothing is wanted: what it is granted may be
+        less than it needs by now. One that has stopped, and reports no more, holds nobody back.
 
         Args:
             wanted_bytes: how much is wanted.
@@ -395,7 +426,10 @@ class Account:
         """
         ledger = self._ledger
         with ledger._threads, ledger._writing:
-            grant = self._grant(wanted_bytes, unit_bytes, free_bytes)
+            try:
+                grant = self._grant(wanted_bytes, unit_bytes, free_bytes)
+            except LedgerError:  # of somebody dead, or it will be raised again
+                grant = -1
             if grant < wanted_bytes:
                 ledger._collect()
                 grant = self._grant(wanted_bytes, unit_bytes, free_bytes)
@@ -452,8 +486,7 @@ class Account:
 
         See ``AccountView`` for what each means. A need that is new rings the bell.
         """
-        ledger, use, now = self._ledger, self._use, time.monotonic()
-        hungry = wanted_bytes + coveted_bytes > use.wanted + use.coveted
+        ledger, now = self._ledger, time.monotonic()
         with ledger._threads, ledger._writing:
             use = self._use
             demand = self._committed + self._reserved - idle_bytes - leaving_bytes + wanted_bytes
@@ -479,18 +512,21 @@ class Account:
             self._save()
             if counters is not None:
                 ledger._write(self.slot, records.COUNTERS, _flat(counters))
-        if hungry:
-            ledger.bell.ring()
+        if wanted_bytes + coveted_bytes > use.wanted + use.coveted:
+            ledger._ring()
 
     def others_wait(self) -> bool:
-        """Whether another engine needs bytes that it does not get. Cheap; reads without the lock
-        and may be out of date by an instant."""
+        """Whether another engine, which has reported lately, needs bytes that it does not get.
+
+        Cheap; reads without the lock and may be out of date by an instant.
+        """
         ledger = self._ledger
         for slot in ledger._used():
             if slot != self.slot:
                 with contextlib.suppress(LedgerError):
                     use = ledger._record(slot).use
-                    if use.wanted or use.coveted:
+                    waits = use.waiting_since or use.coveted
+                    if waits and time.monotonic() - use.heartbeat < SILENCE_SECONDS:
                         return True
         return False
 
@@ -498,6 +534,7 @@ class Account:
         """What is due to this engine while others wait, if it wants all that it can get."""
         ledger = self._ledger
         with ledger._threads, ledger._writing:
+            ledger._collect()
             return self._fair_share(ledger._view().capacity_bytes)
 
     def view(self) -> LedgerView:
@@ -525,11 +562,13 @@ class Account:
     def _save(self) -> None:
         *plain, ages = self._use
         plain[:2] = self._committed, self._reserved
-        self._ledger._write(self.slot, records.USE, (*plain, *ages))
+        self._packed = bytearray(records.USE.pack((*plain, *ages)))
+        self._ledger._map[self._place] = self._packed
 
     def _save_sums(self) -> None:
-        """The two figures that change all the time, without the others."""
-        records.rewrite_sums(self._ledger._map, self._at, self._committed, self._reserved)
+        """The two figures that change all the time; the others as we know them."""
+        records.rewrite_sums(self._packed, self._committed, self._reserved)
+        self._ledger._map[self._place] = self._packed
 
     def _grant(self, wanted: int, unit: int, free: int) -> int:
         ledger = self._ledger
@@ -539,28 +578,36 @@ class Account:
             others = self._others = self._look_at_others()
         own = self._committed + self._reserved
         capacity = budget if set_by_user else budget - others.fixed - self._use.fixed
+        terms = self.terms
+        room = capacity - others.kept
+        if terms.minimum > room:
+            room = max(room, min(capacity - others.used, terms.minimum))
         room = min(
             wanted,
-            capacity - others.kept - own,
-            self.terms.maximum - own,
+            room - own,
+            terms.maximum - own,
             free - others.reserved - self._reserved,
         )
-        if others.wait and room > 0:
+        heard = others.waiter_heard
+        if heard and room > 0 and time.monotonic() - heard < SILENCE_SECONDS:
             room = min(room, self._fair_share(capacity) - own)
         return max(0, room // unit * unit)
 
     def _look_at_others(self) -> _Others:
         ledger = self._ledger
-        kept = fixed = reserved = 0
-        wait = False
+        used = kept = fixed = reserved = 0
+        waiter_heard = 0.0
         for slot in ledger._used():
             if slot != self.slot:
                 _, terms, use, _ = ledger._record(slot)
-                kept += max(use.committed + use.reserved, terms.minimum)
+                has = use.committed + use.reserved
+                used += has
+                kept += max(has, terms.minimum)
                 fixed += use.fixed
                 reserved += use.reserved
-                wait = wait or use.wanted > 0
-        return _Others(ledger._writing.epoch, kept, fixed, reserved, wait)
+                if use.waiting_since:
+                    waiter_heard = max(waiter_heard, use.heartbeat)
+        return _Others(ledger._writing.epoch, used, kept, fixed, reserved, waiter_heard)
 
     def _fair_share(self, capacity: int) -> int:
         """What is ours when we want all that we can get."""
@@ -635,8 +682,12 @@ _open_ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    """A child that inherits the open file would keep its parent's record alive."""
+    """A child that inherits the open file would keep its parent's record alive.
+
+    The lock between threads may be held by one that the child has not got.
+    """
     for ledger in list(_open_ledgers):
+        ledger._threads = threading.Lock()
         ledger._close()
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from mmap import mmap
 from typing import NamedTuple
 from zlib import crc32
 
@@ -149,11 +148,11 @@ def parse(raw: bytes) -> Record | None:
     )
 
 
-def rewrite_sums(shared: mmap, at: int, committed: int, reserved: int) -> None:
-    """Change the first two figures of the use section at ``at``, and its checksum."""
-    _SUMS.pack_into(shared, at, committed, reserved)
-    end = at + USE.size - _CHECKSUM.size
-    _CHECKSUM.pack_into(shared, end, crc32(shared[at:end]))
+def rewrite_sums(use: bytearray, committed: int, reserved: int) -> None:
+    """Change the first two figures of a packed use section, and its checksum."""
+    _SUMS.pack_into(use, 0, committed, reserved)
+    end = len(use) - _CHECKSUM.size
+    _CHECKSUM.pack_into(use, end, crc32(use[:end]))
 
 
 def terms_in_force(raw: bytes) -> Terms | None:
@@ -190,7 +189,7 @@ class AccountView:
         wanted_bytes: what requests need and it does not get.
         coveted_bytes: what it would rather be granted than evict cached blocks of its own.
         demand_bytes: the most that it needed in the last second, cached blocks not counted.
-        waiting_since: since when something is wanted; 0 if nothing is.
+        waiting_since: since when something is wanted; 0 if nothing was at the last report.
         heartbeat: when it last reported, on the monotonic clock.
         ages: when its evictable bytes were last used, oldest first, on the monotonic clock: each
             stands for an eighth of them.
