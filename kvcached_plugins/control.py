@@ -15,7 +15,7 @@ import contextlib
 import difflib
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,11 +148,29 @@ def limit(
     folder = _folder(directory)
     reading = read(folder)
     engine = _find(name, reading, folder)
-    for view in reading.ledgers:
-        if view.device in engine.accounts:
-            limits.check(change, engine.accounts[view.device], view)
-    _apply(change, engine, folder)
+    views = {view.device: view for view in reading.ledgers}
+    apply(change, [(views[device], each) for device, each in engine.accounts.items()], folder)
     return _again(engine, folder)
+
+
+def apply(
+    change: Change, accounts: Sequence[tuple[LedgerView, AccountView]], directory: str | Path
+) -> None:
+    """Make a change for all ``accounts``, read with the ledgers beside them, or for none.
+
+    Raises:
+        BadLimit: a ledger would not take it.
+        LedgerError: a ledger does not take it, or cannot be used.
+    """
+    folder = Path(directory)
+    for view, account in accounts:
+        limits.check(change, account, view)
+    with contextlib.ExitStack() as undo:
+        for view, account in accounts:
+            with contextlib.closing(Ledger.open(folder, view.device)) as ledger:
+                _set(ledger, account, change)
+            undo.callback(_restore, folder, view.device, account)
+        undo.pop_all()
 
 
 def trim(name: str | None = None, directory: str | Path | None = None) -> tuple[Engine, ...]:
@@ -215,16 +233,6 @@ def _unknown(name: str, names: list[str], reading: Reading, folder: Path) -> Unk
     nearest = lower[near[0]] if near else None
     hint = f"did you mean {nearest!r}?" if nearest else f"there are {', '.join(sorted(set(names)))}"
     return UnknownEngine(f"No engine is called {name!r}; {hint}", name, nearest)
-
-
-def _apply(change: Change, engine: Engine, folder: Path) -> None:
-    """Make the change on all devices, or on none."""
-    with contextlib.ExitStack() as undo:
-        for device, account in engine.accounts.items():
-            with contextlib.closing(Ledger.open(folder, device)) as ledger:
-                _set(ledger, account, change)
-            undo.callback(_restore, folder, device, account)
-        undo.pop_all()
 
 
 def _restore(folder: Path, device: str, old: AccountView) -> None:

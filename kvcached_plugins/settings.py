@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from kvcached_plugins import OFF, TOGGLE
+from kvcached_plugins.limits import LARGEST_WEIGHT, SMALLEST_WEIGHT
 from kvcached_vmm.errors import SettingsError
 from kvcached_vmm.units import parse_size
 
@@ -87,7 +88,7 @@ class Settings:
             budget_bytes=_optional(env, "KVCACHED_BUDGET", _positive_size, _SIZE),
             maximum_bytes=_optional(env, "KVCACHED_MAX", _positive_size, _SIZE),
             minimum_bytes=_optional(env, "KVCACHED_MIN", parse_size, _SIZE) or 0,
-            weight=_optional(env, "KVCACHED_WEIGHT", parse_weight, WEIGHTS) or 1.0,
+            weight=_optional(env, "KVCACHED_WEIGHT", _weight, _WEIGHTS) or 1.0,
             cache_bytes=_optional(env, "KVCACHED_CACHE_MAX", parse_size, _SIZE),
             cache_seconds=_seconds(env, "KVCACHED_CACHE_TTL", CACHE_SECONDS),
             decay_seconds=_seconds(env, "KVCACHED_DECAY", 0.5),
@@ -123,7 +124,7 @@ def default_directory(environment: Mapping[str, str]) -> Path:
         ) from None
 
 
-WEIGHTS = "a number from 0.01 to 100"
+_WEIGHTS = f"a number from {SMALLEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
 _SIZE = "a size such as 512MiB or 2GiB"
 
 
@@ -151,14 +152,9 @@ def _duration(text: str) -> float:
     return value
 
 
-def parse_weight(text: str) -> float:
-    """A share against other engines'.
-
-    Raises:
-        ValueError: not a number, or out of bounds.
-    """
+def _weight(text: str) -> float:
     value = float(text)
-    if not 0.01 <= value <= 100:
+    if not SMALLEST_WEIGHT <= value <= LARGEST_WEIGHT:
         raise ValueError
     return value
 

@@ -18,7 +18,6 @@ themselves. A server without a key lets everybody who reaches it change its limi
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -27,11 +26,11 @@ import secrets
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from kvcached_plugins import OFF, TOGGLE
+from kvcached_plugins import OFF, TOGGLE, limits
+from kvcached_plugins.limits import NONE, BadLimit, Change
 from kvcached_plugins.settings import Settings
-from kvcached_plugins.vllm.server import Change, OwnEngines, Refused, Server
+from kvcached_plugins.vllm.server import OwnEngines, Server
 from kvcached_vmm.errors import KVCachedError
-from kvcached_vmm.units import LARGEST, parse_size
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -44,7 +43,6 @@ BODY_BYTES = 1 << 16
 """A longer body is refused unread."""
 
 FIELDS = ("minimum", "maximum", "weight", "cache")
-WEIGHTS = 0.01, 100.0
 
 
 class BadRequest(KVCachedError):
@@ -114,7 +112,7 @@ class Endpoint:
             found = self._server.read()
         except BadRequest as error:
             return _error(error.status, str(error))
-        except Refused as error:
+        except BadLimit as error:
             return _error(422, str(error))
         except KVCachedError as error:
             return _error(503, str(error))
@@ -160,14 +158,15 @@ def parse(body: bytes) -> Change:
     unknown = sorted(asked.keys() - set(FIELDS))
     if unknown:
         raise BadRequest(422, f"{unknown[0]!r} is none of {', '.join(FIELDS)}.")
-    return Change(
-        _size(asked, "minimum"),
-        None if _is_null(asked, "maximum") else _size(asked, "maximum"),
-        _weight(asked),
-        None if _is_null(asked, "cache") else _size(asked, "cache"),
-        _is_null(asked, "maximum"),
-        _is_null(asked, "cache"),
-    )
+    given = {**dict.fromkeys(FIELDS), **asked}
+    for field in (each for each in asked if asked[each] is None):
+        if field not in ("maximum", "cache"):
+            raise BadRequest(422, f"{field}: null is not accepted: only maximum and cache take it.")
+        given[field] = NONE
+    try:
+        return limits.change(**given)
+    except BadLimit as error:
+        raise BadRequest(422, str(error)) from error
 
 
 def _digest(key: str) -> bytes:
@@ -190,35 +189,3 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
         raise BadRequest(422, "Each field may be given once.")
     return dict(pairs)
-
-
-def _is_null(asked: dict[str, Any], field: str) -> bool:
-    return field in asked and asked[field] is None
-
-
-def _size(asked: dict[str, Any], field: str) -> int | None:
-    if field not in asked:
-        return None
-    size = asked[field]
-    if isinstance(size, str):
-        with contextlib.suppress(ValueError):
-            size = parse_size(size)
-    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < LARGEST:
-        raise BadRequest(
-            422, f"{field} must be a size from 0 up, as a number of bytes or a text such as 2GiB."
-        )
-    return size
-
-
-def _weight(asked: dict[str, Any]) -> float | None:
-    if "weight" not in asked:
-        return None
-    weight = asked["weight"]
-    least, most = WEIGHTS
-    if (
-        not isinstance(weight, (int, float))
-        or isinstance(weight, bool)
-        or not least <= weight <= most
-    ):
-        raise BadRequest(422, f"weight must be a number from {least:g} to {most:g}.")
-    return float(weight)

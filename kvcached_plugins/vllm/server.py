@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 
-from kvcached_vmm.errors import KVCachedError, LedgerError
-from kvcached_vmm.ledger import Ledger, devices
+from kvcached_plugins import control
+from kvcached_plugins.limits import Change
+from kvcached_vmm.errors import LedgerError
 from kvcached_vmm.records import SLOTS, AccountView, LedgerView
 
 
@@ -49,21 +49,6 @@ class OwnEngines:
             return False
 
 
-class Refused(KVCachedError):
-    """The limits contradict each other, or what others were promised."""
-
-
-class Change(NamedTuple):
-    """What ``Ledger.set_terms`` is told: sizes in bytes; what is None stays."""
-
-    minimum_bytes: int | None = None
-    maximum_bytes: int | None = None
-    weight: float | None = None
-    cache_bytes: int | None = None
-    no_maximum: bool = False
-    no_cache_bound: bool = False
-
-
 class Server:
     """The engines of one server: those accounts in the ledgers of ``directory`` that are ``mine``.
 
@@ -80,52 +65,22 @@ class Server:
         Raises:
             LedgerError: a ledger cannot be read.
         """
-        found = []
-        for device in devices(self._directory):
-            with contextlib.closing(Ledger.open(self._directory, device)) as ledger:
-                view = ledger.snapshot()
-            if accounts := [account for account in view.accounts if self._mine(account)]:
-                found.append((view, accounts))
-        return found
+        reading = control.read(self._directory)
+        if reading.faults:
+            raise LedgerError(" ".join(reading.faults))
+        found = [
+            (view, [each for each in view.accounts if self._mine(each)]) for view in reading.ledgers
+        ]
+        return [(view, accounts) for view, accounts in found if accounts]
 
     def apply(self, change: Change) -> None:
         """Make the change for all engines of this server, or for none.
 
         Raises:
-            Refused: a ledger does not take it.
+            BadLimit: a ledger does not take it.
             LedgerError: there is no engine, or a ledger cannot be read.
         """
-        found = [(view.device, account) for view, accounts in self.read() for account in accounts]
+        found = [(view, account) for view, accounts in self.read() for account in accounts]
         if not found:
             raise LedgerError("No engine of this server is in a ledger.")
-        with contextlib.ExitStack() as undo:
-            for device, account in found:
-                try:
-                    set_terms(self._directory, device, account, change)
-                except LedgerError as error:
-                    raise Refused(str(error)) from error
-                undo.callback(self._restore, device, account)
-            undo.pop_all()
-
-    def _restore(self, device: str, account: AccountView) -> None:
-        """Undo a change, for another engine's was refused. Who has left meanwhile needs nothing."""
-        before = Change(
-            account.minimum_bytes,
-            account.maximum_bytes,
-            account.weight,
-            account.cache_bytes,
-            account.maximum_bytes is None,
-            account.cache_bytes is None,
-        )
-        with contextlib.suppress(LedgerError):
-            set_terms(self._directory, device, account, before)
-
-
-def set_terms(directory: Path, device: str, account: AccountView, change: Change) -> None:
-    """Tell the ledger.
-
-    Raises:
-        LedgerError: it refuses, or cannot be used.
-    """
-    with contextlib.closing(Ledger.open(directory, device)) as ledger:
-        ledger.set_terms(account, **change._asdict())
+        control.apply(change, found, self._directory)
