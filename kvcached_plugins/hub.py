@@ -64,12 +64,17 @@ def plugins() -> pluggy.PluginManager:
 def owed_bytes(view: LedgerView, slot: int, now: float) -> int:
     """What the engine with ``slot`` should give back, by the policy in force.
 
-    A policy of somebody else that fails is reported, and ours is asked in its place: an engine
-    that waits must not wait for a bug.
+    A policy of somebody else that fails is reported, once for each error, and ours is asked in its
+    place: an engine that waits must not wait for a bug.
     """
     try:
         answer: Mapping[int, int] = plugins().hook.kvcached_debts(view=view, now=now)
         return max(0, int(answer.get(slot, 0)))
-    except Exception:
-        logger.exception("kvcached: a reclaim policy failed; the default one is used")
+    except Exception as error:
+        _report(repr(error))
         return debts(view, now).get(slot, 0)
+
+
+@functools.lru_cache(maxsize=16)
+def _report(error: str) -> None:
+    logger.exception("kvcached: a reclaim policy failed; the default one is used")

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from integration.benchmarks import churn, ledger_ops
+from integration.benchmarks import churn, ledger_ops, ledger_storm
 from integration.benchmarks.traces import LOADS, Load, Step, Trace, simulated
-from kvcached_vmm.ledger import Ledger
+from kvcached_vmm.ledger import Account, Ledger
 
 has_vllm = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not has_vllm, reason="vllm is not installed")
@@ -119,7 +119,9 @@ def test_ledger_operations_leave_nothing_in_use(folder: Path) -> None:
     assert [figure.operation for figure in found] == [
         "reserve + cancel",
         "reserve + commit + release",
+        "report",
         "snapshot",
+        "reserve + cancel, one waits",
     ]
     assert all(0 < figure.least_us <= figure.median_us <= figure.p99_us for figure in found)
     assert all(figure.p99_us <= figure.worst_us for figure in found)
@@ -132,3 +134,41 @@ def test_ledger_operations_leave_nothing_in_use(folder: Path) -> None:
 def test_processes_contend_for_one_ledger(folder: Path) -> None:
     found = ledger_ops.contended(folder, processes=2, calls=20)
     assert [figure.calls for figure in found] == [40, 40]
+
+
+def test_a_peer_is_soon_granted_what_a_killed_engine_had(folder: Path) -> None:
+    found = ledger_ops.inherited(folder, kills=3)
+    assert found.calls == 3
+    assert found.median_us <= ledger_ops.GOAL_INHERITED_US
+
+
+def test_goals_that_are_missed_are_named() -> None:
+    fast = ledger_ops.figure("reserve", 1, 1, [1000])
+    slow = ledger_ops.figure("reserve", 1, 1, [200_000_000])
+    crowd = replace(slow, contending_processes=ledger_ops.PROCESSES)
+    assert ledger_ops.missed([fast, fast]) == []
+    assert len(ledger_ops.missed([slow, crowd, slow])) == 3
+
+
+@pytest.mark.parametrize("by_user", [False, True])
+def test_a_storm_leaves_budget_and_guarantees_whole_and_the_ledger_true(
+    folder: Path, by_user: bool
+) -> None:
+    with ledger_storm.storm(folder, processes=4, seed=by_user, by_user=by_user) as raging:
+        found = raging.outcome(operations=4000)
+    assert found.over_committed_bytes == 0
+    assert found.passed, found
+    assert found.kills > 0
+    assert found.checks_under_the_lock >= 4000
+
+
+def test_a_storm_notices_one_who_takes_more_than_there_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checks of the storm are checked: here grants do not look at what others use."""
+    monkeypatch.setattr(Account, "_grant", lambda self, wanted, unit, free: wanted // unit * unit)
+    with ledger_storm.storm(folder, processes=3, seed=1) as raging:
+        found = raging.outcome(operations=1500)
+    assert found.over_committed_bytes > 0
+    assert found.broken_maxima + found.broken_guarantees > 0
+    assert not found.passed
