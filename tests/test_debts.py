@@ -171,10 +171,17 @@ def test_nobody_gives_while_there_is_enough() -> None:
     assert debts(ledger(70 * MIB, cache, waiter), NOW) == {}
 
 
-def test_who_waits_beyond_its_share_gets_nothing_from_others() -> None:
-    cache = engine(0, committed_bytes=50, live_bytes=50, demand_bytes=50, evictable_bytes=10)
+def test_cache_goes_to_who_waits_even_beyond_its_share() -> None:
+    """What a request needs is worth more than what nobody needs now, whoever has had how much."""
+    cache = engine(0, committed_bytes=50, live_bytes=40, demand_bytes=50, evictable_bytes=10)
     greedy = engine(1, committed_bytes=50, live_bytes=50, wanted_bytes=10, demand_bytes=60)
-    assert debts(ledger(100, cache, greedy), NOW) == {}
+    assert debts(ledger(100, cache, greedy), NOW) == {0: 10}
+
+
+def test_nobody_gives_for_an_engine_that_may_have_no_more() -> None:
+    cache = engine(0, committed_bytes=50, evictable_bytes=50)
+    full = engine(1, committed_bytes=50, wanted_bytes=10, demand_bytes=60, maximum_bytes=50)
+    assert debts(ledger(100, cache, full), NOW) == {}
 
 
 @pytest.mark.parametrize(
