@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from kvcached_plugins.shares import Shares
@@ -57,9 +58,16 @@ class Tenant:
     """Keeps a pool within what the ledger says, from moment to moment.
 
     All methods want the pool's lock held.
+
+    Args:
+        shares: the engine's part of the budget.
+        pool: what it spends it on.
+        queued_bytes: what those requests need that wait behind the one that was refused; asked for
+            only while one is.
     """
 
-    def __init__(self, shares: Shares, pool: Spender) -> None:
+    def __init__(self, shares: Shares, pool: Spender, queued_bytes: Callable[[], int]) -> None:
+        self._queued_bytes = queued_bytes
         self._shares = shares
         self._pool = pool
         self._trims = shares.trims()
@@ -121,5 +129,7 @@ class Tenant:
             elif wanted:
                 counters.waits += 1
             self._waiting_since = now if wanted else 0.0
+            if wanted:
+                wanted += self._queued_bytes()
             self._wanted = wanted + coveted
             self._shares.report(self._pool.spending(), wanted, coveted)
