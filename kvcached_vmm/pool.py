@@ -19,7 +19,7 @@ import heapq
 import itertools
 import threading
 import time
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
@@ -98,17 +98,26 @@ class Spending:
 B = TypeVar("B", bound=Block)
 
 
+Moment = tuple[float, int]
+"""Seconds, and the last step launched by then. Moments are told apart by identity, not by value."""
+
+UNUSED: Moment = (0.0, 0)
+"""The moment of an extent that has no cached block."""
+
+
 class _Extent(Generic[B]):
-    __slots__ = ("blocks", "cached", "idle_since", "index", "quiet_step", "state", "used_at")
+    """``cached`` has the blocks that are kept, and ``used`` says when one of them last came."""
+
+    __slots__ = ("blocks", "cached", "idle_since", "index", "quiet_step", "state", "used")
 
     def __init__(self, index: int, blocks: list[B]) -> None:
         self.index = index
         self.blocks = blocks
-        self.cached: dict[int, B] = {}
+        self.cached: list[B] = []
         self.state = EMPTY
         self.quiet_step = 0
         self.idle_since = 0.0
-        self.used_at = 0.0
+        self.used = UNUSED
 
 
 class ElasticPool(Generic[B]):
@@ -157,7 +166,9 @@ class ElasticPool(Generic[B]):
         self._stack: list[B] = []
         self._sorted = True
         self._idle: OrderedDict[_Extent[B], None] = OrderedDict()
-        self._lru: OrderedDict[_Extent[B], None] = OrderedDict()
+        self._uses: deque[tuple[Moment, list[_Extent[B]]]] = deque()
+        """When blocks were kept and in which extents, oldest first. An extent stands wherever one
+        of its blocks was kept; what counts is the last time, ``_Extent.used``."""
         self._resident_blocks = 0
         self._cached_blocks = 0
         self._credit = 0
@@ -235,7 +246,7 @@ class ElasticPool(Generic[B]):
     @property
     def has_spare(self) -> bool:
         """Whether time alone may set an extent free."""
-        return bool(self._idle or self._lru or not self._sorted)
+        return bool(self._idle or self._cached_blocks or not self._sorted)
 
     def take(self, count: int) -> list[B]:
         """Hand out ``count`` blocks, at most ``num_free_blocks``; the caller holds ``lock``.
@@ -282,21 +293,17 @@ class ElasticPool(Generic[B]):
         if not blocks:
             return
         with self.lock:
-            owner, lru = self._owner, self._lru
-            now, step = self._now(), self._clock.launched
-            last: _Extent[B] | None = None
-            cached: dict[int, B] = {}
+            owner = self._owner
+            moment = (self._now(), self._clock.launched)
+            used: list[_Extent[B]] = []
             for block in blocks:
-                number = block.block_id
-                extent = owner[number]
-                if extent is not last:
-                    last = extent
-                    cached = extent.cached
-                    extent.used_at = now
-                    extent.quiet_step = step
-                    lru[extent] = None
-                    lru.move_to_end(extent)
-                cached[number] = block
+                extent = owner[block.block_id]
+                extent.cached.append(block)
+                if extent.used is not moment:
+                    extent.used = moment
+                    used.append(extent)
+            used.reverse()
+            self._uses.append((moment, used))
             self._cached_blocks += len(blocks)
             self.num_free_blocks += len(blocks)
 
@@ -306,24 +313,28 @@ class ElasticPool(Generic[B]):
             extent = self._owner[block.block_id]
             assert extent.state in (RESIDENT, IDLE), "a block without memory cannot be live"
             self.num_free_blocks -= 1
-            if extent.cached.pop(block.block_id, None) is not None:
+            blocks = extent.cached
+            at = _last(blocks, block)
+            if at >= 0:
                 self._cached_blocks -= 1
-                if not extent.cached:
-                    del self._lru[extent]
-                return
-            if extent.state == IDLE:
-                self._stack += self._leave_idle(extent).blocks
-            stack = self._stack
-            del stack[next(i for i in range(len(stack) - 1, -1, -1) if stack[i] is block)]
+                if len(blocks) == 1:
+                    extent.used = UNUSED
+            else:
+                if extent.state == IDLE:
+                    self._stack += self._leave_idle(extent).blocks
+                blocks = self._stack
+                at = _last(blocks, block)
+            del blocks[at]
 
     def prepare(self, count: int, hits: Iterable[B] = ()) -> None:
         """The engine is about to ask whether ``count`` blocks are free, among them ``hits``, free
         ones whose content it will use. Asks the budget for what is missing; the caller holds
         ``lock``."""
-        cached_hits = sum(hit.block_id in self._owner[hit.block_id].cached for hit in hits)
-        short = count - cached_hits - (self.num_free_blocks - self._cached_blocks)
+        short = count - (self.num_free_blocks - self._cached_blocks)
         if short <= 0:
             return
+        cached_hits = self._cached_among(hits)
+        short -= cached_hits
         bound = self.policy.cache_bytes
         if bound is not None:
             over = self._cached_blocks - bound // self.extents.block_bytes
@@ -375,11 +386,12 @@ class ElasticPool(Generic[B]):
             now = self._now()
             if now - self._looked >= min(LOOK_SECONDS, self.policy.decay_seconds / 4):
                 self._looked = now
-                while self._lru:
-                    oldest = next(iter(self._lru))
-                    if oldest.used_at + self.policy.cache_seconds > now:
+                while (oldest := self._oldest()) is not None:
+                    if oldest.used[0] + self.policy.cache_seconds > now:
                         break
                     self._forget(oldest)
+                if len(self._uses) > 2 * len(self._extents):
+                    self._uses = deque((e.used, [e]) for e in self._by_age())
                 self._heed_bound()
                 self._note_evictable(self._sort())
             due = now - self.policy.decay_seconds
@@ -400,7 +412,7 @@ class ElasticPool(Generic[B]):
         with self.lock:
             free_blocks = self._sort()
             spare = sum(self._own_bytes(extent) for extent in self._idle)
-            for extent in list(self._lru):
+            for extent in self._by_age():
                 if spare >= wanted_bytes:
                     break
                 if len(extent.cached) + free_blocks.get(extent, 0) == len(extent.blocks):
@@ -433,7 +445,7 @@ class ElasticPool(Generic[B]):
     def forget_all(self) -> None:
         """No cached content is of any use."""
         with self.lock:
-            for extent in list(self._lru):
+            while (extent := self._oldest()) is not None:
                 self._forget(extent)
 
     def sleep(self) -> None:
@@ -468,14 +480,17 @@ class ElasticPool(Generic[B]):
         """Assert that every block is counted once and every extent is in the right place."""
         with self.lock:
             stacked = [block.block_id for block in self._stack]
-            cached = [block for extent in self._extents for block in extent.cached]
+            cached = [block.block_id for extent in self._extents for block in extent.cached]
             idle = [block.block_id for extent in self._idle for block in extent.blocks]
             free = stacked + cached + idle
             assert len(free) == len(set(free))
             assert 0 not in free
             assert self.num_free_blocks == len(free) + self._credit_blocks
             assert self._cached_blocks == len(cached)
-            assert set(self._lru) == {extent for extent in self._extents if extent.cached}
+            used = self._by_age()
+            assert len(used) == len(set(used))
+            assert set(used) == {self._owner[block] for block in cached}
+            assert all(extent.used is UNUSED for extent in set(self._extents) - set(used))
             assert all(self._owner[block].state == RESIDENT for block in stacked + cached)
             in_state = defaultdict(set)
             for extent in self._extents:
@@ -494,13 +509,31 @@ class ElasticPool(Generic[B]):
         elif self._credit:
             self._stack += self._grow().blocks
         else:
-            assert self._lru, "more blocks were asked for than num_free_blocks"
-            while self._lru and len(self._stack) < wanted:
-                extent = self._lru.popitem(last=False)[0]
-                self._stack[:0] = reversed(extent.cached.values())
-                self._cached_blocks -= len(extent.cached)
-                extent.cached.clear()
+            stack = self._stack
+            while len(stack) < wanted and (extent := self._oldest()) is not None:
+                stack += extent.cached
+                extent.cached = []
+                extent.used = UNUSED
+            assert stack, "more blocks were asked for than num_free_blocks"
+            stack.reverse()
+            self._cached_blocks -= len(stack)
             self._sorted = False
+
+    def _oldest(self) -> _Extent[B] | None:
+        """The cached extent that nobody has used for longest."""
+        uses = self._uses
+        while uses:
+            moment, extents = uses[0]
+            while extents:
+                if extents[-1].used is moment:
+                    return extents[-1]
+                extents.pop()
+            uses.popleft()
+        return None
+
+    def _by_age(self) -> list[_Extent[B]]:
+        """The cached extents, least recently used first."""
+        return [e for moment, used in self._uses for e in reversed(used) if e.used is moment]
 
     def _sort(self) -> dict[_Extent[B], int]:
         """Take extents that are free as a whole off the stack, and put the blocks of the fullest
@@ -528,15 +561,28 @@ class ElasticPool(Generic[B]):
         if bound is not None:
             most = bound // self.extents.block_bytes
             while self._cached_blocks > most:
-                self._forget(next(iter(self._lru)))
+                oldest = self._oldest()
+                assert oldest is not None
+                self._forget(oldest)
 
     def _note_evictable(self, free_blocks: dict[_Extent[B], int]) -> None:
         """Remember when the cached extents that could be given back were last used."""
         self._evictable = [
-            extent.used_at
-            for extent in self._lru
+            extent.used[0]
+            for extent in self._by_age()
             if len(extent.cached) + free_blocks.get(extent, 0) == len(extent.blocks)
         ]
+
+    def _cached_among(self, blocks: Iterable[B]) -> int:
+        """How many of ``blocks`` are cached; those of one extent should follow each other."""
+        count, last = 0, None
+        cached: set[int] = set()
+        for block in blocks:
+            extent = self._owner[block.block_id]
+            if extent is not last:
+                last, cached = extent, {each.block_id for each in extent.cached}
+            count += block.block_id in cached
+        return count
 
     def _own_bytes(self, extent: _Extent[B]) -> int:
         """Bytes that the driver gets back with ``extent``, whatever its neighbours do."""
@@ -585,10 +631,10 @@ class ElasticPool(Generic[B]):
 
     def _forget(self, extent: _Extent[B]) -> None:
         """Keep the content of ``extent`` no longer; the engine forgets it when it is reused."""
-        blocks = list(extent.cached.values())
-        extent.cached.clear()
+        extent.quiet_step = extent.used[1]
+        extent.used = UNUSED
+        blocks, extent.cached = extent.cached, []
         self._cached_blocks -= len(blocks)
-        del self._lru[extent]
         if len(blocks) == len(extent.blocks) and extent.index:
             self._become_idle(extent, self._now())
         else:
@@ -603,3 +649,11 @@ class ElasticPool(Generic[B]):
         self._resident_blocks -= len(extent.blocks)
         self.num_free_blocks -= len(extent.blocks)
         return extent.index
+
+
+def _last(blocks: list[B], block: B) -> int:
+    """Where ``block`` itself lies among ``blocks``, looked for from the end; or -1."""
+    at = len(blocks) - 1
+    while at >= 0 and blocks[at] is not block:
+        at -= 1
+    return at

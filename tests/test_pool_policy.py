@@ -135,6 +135,19 @@ def test_a_pool_that_cannot_grow_evicts_what_was_not_used_for_longest() -> None:
     assert world.pool.cached_blocks == 4
 
 
+def test_what_is_used_over_and_over_outlives_what_is_not() -> None:
+    world = World(FOUR, Policy(cache_seconds=999.0), limit_extents=3)
+    world.keep(serve(world, 11))
+    for _ in range(5 * FOUR.num_extents):
+        for number in (4, 9):
+            world.hit(number)
+            world.keep([number])
+        world.tick(0.1)
+        world.check()
+    assert sorted(serve(world, 3)) == [1, 2, 3]
+    assert sorted(serve(world, 4)) == [4, 5, 6, 7]
+
+
 def test_the_reserve_is_kept_ready_while_requests_run_and_not_after() -> None:
     world = World(FOUR, Policy(decay_seconds=0.0, reserve_bytes=2 * UNIT))
     world.pool.prepare(5)
