@@ -5,8 +5,8 @@
 Wall-clock microseconds of each call or pair of calls, in a ledger in a temporary folder. Where
 there are fewer cores than contending processes, the worst call waits for whoever lost its core
 while it held the lock. What one account does alone is the best of three runs: whoever shares our
-core slows whole runs by half. Last, the time from a kill -9 to the moment at which a peer, who asks again
-and again, is granted what the killed engine had.
+core slows whole runs by half. Last, the time from a kill -9 to the moment at which a peer, who asks
+again and again, is granted what the killed engine had.
 """
 
 from __future__ import annotations
