@@ -25,7 +25,7 @@ import psutil
 from kvcached_vmm import records
 from kvcached_vmm.bell import Bell
 from kvcached_vmm.errors import LedgerError
-from kvcached_vmm.fairness import SILENCE_SECONDS, Claim, claim_of, fair_shares
+from kvcached_vmm.fairness import SILENCE_SECONDS, Claim, fair_shares
 from kvcached_vmm.locks import (
     FileMutex,
     is_locked,
@@ -611,17 +611,15 @@ class Account:
 
     def _fair_share(self, capacity: int) -> int:
         """What is ours when we want all that we can get."""
-        accounts = self._ledger._view().accounts
-        claims = [
-            Claim(each.weight, each.minimum_bytes, max(capacity, each.minimum_bytes))
-            if each.slot == self.slot
-            else claim_of(each)
-            for each in accounts
-        ]
-        shares = fair_shares(capacity, claims)
-        return next(
-            share for share, each in zip(shares, accounts, strict=True) if each.slot == self.slot
-        )
+        claims: list[Claim] = []
+        own = 0
+        for slot in self._ledger._used():
+            _, terms, use, _ = self._ledger._record(slot)
+            most = min(use.demand, terms.maximum)
+            if slot == self.slot:
+                own, most = len(claims), capacity
+            claims.append(Claim(terms.weight, terms.minimum, max(most, terms.minimum)))
+        return fair_shares(capacity, claims)[own]
 
 
 def devices(directory: str | Path) -> list[str]:

