@@ -79,6 +79,10 @@ class Shares:
         """Whether another engine needs memory that it does not get."""
         return any(account.others_wait() for account, _ in self._accounts)
 
+    def others_covet(self) -> bool:
+        """Whether another engine would rather have memory that we can spare than evict its own."""
+        return any(account.others_covet() for account, _ in self._accounts)
+
     def owed_bytes(self) -> int:
         """Bytes of each worker that other engines are due now."""
         now = time.monotonic()

@@ -20,7 +20,7 @@ import itertools
 import threading
 import time
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
@@ -176,7 +176,8 @@ class ElasticPool(Generic[B]):
         self._looked = -1.0
         self._leaving = 0
         self._short_blocks = self._coveted_blocks = 0
-        self._evictable: list[float] = []
+        self._shortage = 0, 0
+        self._ages: list[float] = []
         self.limit_bytes = extents.size_bytes
         """``admits`` as long as what is live stays below."""
         self.share_bytes: int | None = None
@@ -213,7 +214,7 @@ class ElasticPool(Generic[B]):
         for each eighth of them.
         """
         with self.lock:
-            block, ages = self.extents.block_bytes, self._evictable
+            block, ages = self.extents.block_bytes, self._ages
             return Spending(
                 self.live_blocks * block,
                 self._cached_blocks * block,
@@ -344,16 +345,22 @@ class ElasticPool(Generic[B]):
             short -= self._reserve(-(-short // self._span)) * self._span
             self._coveted_blocks = max(self._coveted_blocks, short)
         if count > self.num_free_blocks:
-            self._short_blocks = max(self._short_blocks, count - self.num_free_blocks)
+            # What was granted is not used then, and goes back.
+            missing = count - self.num_free_blocks + self._credit_blocks
+            self._short_blocks = max(self._short_blocks, missing)
 
-    def take_shortage(self) -> tuple[int, int]:
-        """Bytes that were asked for and not granted since this was last asked: those that requests
-        wait for, and those that cached blocks made up for."""
+    def shortage(self) -> tuple[int, int]:
+        """Bytes that were asked for in the last scheduling round and not granted: those that
+        requests wait for, and those that cached blocks made up for."""
         with self.lock:
-            short, coveted = self._short_blocks, self._coveted_blocks
-            self._short_blocks = self._coveted_blocks = 0
+            short, coveted = self._shortage
             wanted = -(-short // self._span) * self._unit
             return wanted, max(0, -(-coveted // self._span) * self._unit - wanted)
+
+    def forget_shortage(self) -> None:
+        """There are no rounds any more, so nobody waits."""
+        with self.lock:
+            self._shortage = 0, 0
 
     def settle(self) -> list[int]:
         """A scheduling round is over: give unused grants back.
@@ -362,6 +369,8 @@ class ElasticPool(Generic[B]):
             Extents that the reserve wants committed ahead of need.
         """
         with self.lock:
+            self._shortage = self._short_blocks, self._coveted_blocks
+            self._short_blocks = self._coveted_blocks = 0
             ahead: list[int] = []
             short = self.policy.reserve_bytes // self._unit - len(self._idle)
             if short > 0 and self.live_blocks:
@@ -393,7 +402,7 @@ class ElasticPool(Generic[B]):
                 if len(self._uses) > 2 * len(self._extents):
                     self._uses = deque((e.used, [e]) for e in self._by_age())
                 self._heed_bound()
-                self._note_evictable(self._sort())
+                self._ages = [extent.used[0] for extent in self._evictable(self._sort())]
             due = now - self.policy.decay_seconds
             spare = len(self._idle)
             if self.live_blocks:
@@ -412,13 +421,12 @@ class ElasticPool(Generic[B]):
         with self.lock:
             free_blocks = self._sort()
             spare = sum(self._own_bytes(extent) for extent in self._idle)
-            for extent in self._by_age():
+            for extent in self._evictable(free_blocks):
                 if spare >= wanted_bytes:
                     break
-                if len(extent.cached) + free_blocks.get(extent, 0) == len(extent.blocks):
-                    self._forget(extent)
-                    spare += self._own_bytes(extent)
-            self._note_evictable(self._sort())
+                self._forget(extent)
+                spare += self._own_bytes(extent)
+            self._ages = [extent.used[0] for extent in self._evictable(self._sort())]
             leaving: list[int] = []
             for extent in list(self._idle):
                 if wanted_bytes <= 0:
@@ -463,7 +471,7 @@ class ElasticPool(Generic[B]):
             self._stack.clear()
             self._idle.clear()
             self._resident_blocks = self.num_free_blocks = self._leaving = 0
-            self._evictable = []
+            self._ages = []
 
     def wake(self) -> bool:
         """Ask for the memory of the first extent; False if the budget has none to grant now."""
@@ -565,13 +573,12 @@ class ElasticPool(Generic[B]):
                 assert oldest is not None
                 self._forget(oldest)
 
-    def _note_evictable(self, free_blocks: dict[_Extent[B], int]) -> None:
-        """Remember when the cached extents that could be given back were last used."""
-        self._evictable = [
-            extent.used[0]
-            for extent in self._by_age()
-            if len(extent.cached) + free_blocks.get(extent, 0) == len(extent.blocks)
-        ]
+    def _evictable(self, free_blocks: dict[_Extent[B], int]) -> Iterator[_Extent[B]]:
+        """The cached extents that could be given back, least recently used first."""
+        for extent in self._by_age():
+            free = len(extent.cached) + free_blocks.get(extent, 0)
+            if free == len(extent.blocks) and extent.index:
+                yield extent
 
     def _cached_among(self, blocks: Iterable[B]) -> int:
         """How many of ``blocks`` are cached; those of one extent should follow each other."""
