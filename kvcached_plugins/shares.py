@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from kvcached_plugins.hub import owed_bytes
 from kvcached_vmm.errors import LedgerError
 from kvcached_vmm.ledger import Account
-from kvcached_vmm.pool import Spending
+from kvcached_vmm.policy import Spending
 from kvcached_vmm.records import NO_LIMIT, Counters
 
 logger = logging.getLogger("kvcached")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from kvcached_plugins.shares import Shares
-from kvcached_vmm.pool import Spending
+from kvcached_vmm.policy import Spending
 
 ASK_SECONDS = 0.005
 """How often an engine that takes steps looks whether it owes anything: an answer takes a step

@@ -15,7 +15,8 @@ from kvcached_plugins.tenant import Tenant
 from kvcached_vmm.extents import ExtentMap, Region
 from kvcached_vmm.fence import StepClock
 from kvcached_vmm.ledger import Account, Ledger
-from kvcached_vmm.pool import ElasticPool, Policy
+from kvcached_vmm.policy import Policy
+from kvcached_vmm.pool import ElasticPool
 from kvcached_vmm.records import AccountView
 
 LAYOUT = ExtentMap(400, [Region(0, PAGE)], PAGE, 4)

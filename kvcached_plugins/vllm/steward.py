@@ -28,7 +28,7 @@ from kvcached_vmm.extents import ExtentMap
 from kvcached_vmm.fence import StepClock
 from kvcached_vmm.host_driver import HostDriver
 from kvcached_vmm.ledger import Account, Ledger
-from kvcached_vmm.pool import Policy
+from kvcached_vmm.policy import Policy
 from kvcached_vmm.units import format_size
 
 logger = logging.getLogger("vllm.kvcached")
