@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from kvcached_plugins.hub import owed_bytes
 from kvcached_vmm.errors import LedgerBusy, LedgerError
 from kvcached_vmm.ledger import Account
-from kvcached_vmm.pool import Spending
+from kvcached_vmm.policy import Spending
 from kvcached_vmm.records import NO_LIMIT, Counters
 
 logger = logging.getLogger("kvcached")
@@ -79,6 +79,10 @@ class Shares:
     def others_wait(self) -> bool:
         """Whether another engine needs memory that it does not get."""
         return any(account.others_wait() for account, _ in self._accounts)
+
+    def others_covet(self) -> bool:
+        """Whether another engine would rather have memory that we can spare than evict its own."""
+        return any(account.others_covet() for account, _ in self._accounts)
 
     def owed_bytes(self) -> int:
         """Bytes of each worker that other engines are due now; 0 if a ledger cannot be read."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from kvcached_plugins.shares import Shares
-from kvcached_vmm.pool import Spending
+from kvcached_vmm.policy import Spending
 
 ASK_SECONDS = 0.005
 """How often an engine that takes steps looks whether it owes anything: an answer takes a step
@@ -15,6 +15,10 @@ anyway."""
 
 REPORT_SECONDS = 0.05
 """How often the ledger learns what our bytes are good for."""
+
+HOLD_SECONDS = 0.1
+"""How long requests that still wait count as waiting for memory after one was refused: the engine
+does not try to admit one in each step."""
 
 CALM_SECONDS = 1.0
 """How long an engine keeps to its fair share after others have waited, so that it does not take at
@@ -40,9 +44,9 @@ class Spender(Protocol):
 
     def spending(self) -> Spending: ...
 
-    def take_shortage(self) -> tuple[int, int]:
-        """What was asked for and not granted since this was last called: in vain, and at the
-        expense of cached blocks."""
+    def shortage(self) -> tuple[int, int]:
+        """What was asked for in the last round and not granted: in vain, and at the expense of
+        cached blocks."""
         ...
 
     def reclaim(self, wanted_bytes: int) -> list[int]:
@@ -62,8 +66,7 @@ class Tenant:
     Args:
         shares: the engine's part of the budget.
         pool: what it spends it on.
-        queued_bytes: what those requests need that wait behind the one that was refused; asked for
-            only while one is.
+        queued_bytes: what the requests need that wait; asked for only after one was refused.
     """
 
     def __init__(self, shares: Shares, pool: Spender, queued_bytes: Callable[[], int]) -> None:
@@ -75,6 +78,7 @@ class Tenant:
         pool.limit_bytes = shares.limit_bytes()
         self._asked = self._reported = self._waiting_since = 0.0
         self._calm_at = 0.0
+        self._short_at = -HOLD_SECONDS
         self._wanted = 0
 
     def owed(self, urgent: bool = False) -> list[int]:
@@ -92,12 +96,15 @@ class Tenant:
         self._cache_bytes = shares.cache_bytes()
         pool.bound_cache(self._cache_bytes)
         owed = pool.committed_bytes - pool.limit_bytes
-        if shares.others_wait():
+        waits = shares.others_wait()
+        if waits:
             self._calm_at = now + CALM_SECONDS
             pool.share_bytes = shares.fair_share_bytes()
-            owed = max(owed, shares.owed_bytes())
         elif now > self._calm_at:
             pool.share_bytes = None
+        if waits or shares.others_covet():
+            self.report(force=True)
+            owed = max(owed, shares.owed_bytes())
         trims = shares.trims()
         if trims != self._trims:
             self._trims = trims
@@ -109,6 +116,7 @@ class Tenant:
         shares, pool = self._shares, self._pool
         return (
             shares.others_wait()
+            or shares.others_covet()
             or shares.trims() != self._trims
             or shares.limit_bytes() != pool.limit_bytes
             or shares.cache_bytes() != self._cache_bytes
@@ -116,20 +124,21 @@ class Tenant:
 
     def report(self, force: bool = False) -> None:
         """Tell the others how we are: at once when a need is new, else now and then."""
+        wanted, coveted = self._pool.shortage()
         now = time.monotonic()
-        if not force and now - self._reported < REPORT_SECONDS and self._wanted:
-            return
-        wanted, coveted = self._pool.take_shortage()
+        if wanted:
+            self._short_at = now
         new = wanted + coveted > 0 and not self._wanted
-        if force or new or now - self._reported >= REPORT_SECONDS:
-            self._reported = now
-            counters = self._shares.counters
-            if self._waiting_since:
-                counters.wait_seconds += now - self._waiting_since
-            elif wanted:
-                counters.waits += 1
-            self._waiting_since = now if wanted else 0.0
-            if wanted:
-                wanted += self._queued_bytes()
-            self._wanted = wanted + coveted
-            self._shares.report(self._pool.spending(), wanted, coveted)
+        if not (force or new or now - self._reported >= REPORT_SECONDS):
+            return
+        self._reported = now
+        if now - self._short_at < HOLD_SECONDS:
+            wanted = max(wanted, self._queued_bytes())
+        counters = self._shares.counters
+        if self._waiting_since:
+            counters.wait_seconds += now - self._waiting_since
+        elif wanted:
+            counters.waits += 1
+        self._waiting_since = now if wanted else 0.0
+        self._wanted = wanted + coveted
+        self._shares.report(self._pool.spending(), wanted, coveted)

@@ -11,7 +11,8 @@ from kvcached_vmm.extents import ExtentMap, Region
 from kvcached_vmm.fence import Quarantine, StepClock
 from kvcached_vmm.host_driver import HostDriver
 from kvcached_vmm.ledger import Account, Ledger
-from kvcached_vmm.pool import ElasticPool, Policy
+from kvcached_vmm.policy import Policy
+from kvcached_vmm.pool import ElasticPool
 
 __all__ = [
     "Account",

@@ -114,6 +114,10 @@ class ExtentMap:
             return [Piece(start, end - start) for start, end in spans], set()
         return self._own(extent), self._seams(extent)
 
+    def own_bytes(self, extent: int) -> int:
+        """Bytes that the driver gets back with ``extent``, whatever its neighbours do."""
+        return sum(piece.size for piece in self.pieces(extent)[0])
+
     def _largest(self, region: Region) -> int:
         span = self.blocks_per_extent * region.stride_bytes
         if span % self.granularity or region.offset_bytes % self.granularity:

@@ -71,37 +71,28 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
 
     First what holds no content, from the engine furthest above its fair share on; then cached
     blocks, those that were used longest ago first, whoever has them. An engine that could evict
-    cached blocks of its own gets only older ones. Guarantees hold, and live blocks are not touched.
-    Who has not reported for a while, as ``now`` on the monotonic clock tells, is neither counted on
-    nor served: it could not use what others evict.
+    cached blocks of its own gets only older ones. One that waits itself gives what is above its
+    fair share, to those below theirs. Guarantees hold, and live blocks are not touched. Who has
+    not reported for a while, as ``now`` on the monotonic clock tells, is neither counted on nor
+    served: it could not use what others evict.
     """
     shares = fair_shares(view.capacity_bytes, [claim_of(each) for each in view.accounts])
     share_of = {each.slot: share for each, share in zip(view.accounts, shares, strict=True)}
     heard = [each for each in view.accounts if now - each.heartbeat < SILENCE_SECONDS]
     wanted, coveted, older_than = _needs(heard)
-    need = wanted + coveted - view.free_bytes
+    free = view.free_bytes
     owed: dict[int, int] = {}
-    if need <= 0:
-        return owed
-    spare = {
-        each.slot: max(0, each.used_bytes - each.minimum_bytes)
-        for each in heard
-        if not each.wanted_bytes
-    }
+    spare = {each.slot: max(0, each.used_bytes - each.minimum_bytes) for each in heard}
 
-    def owe(slot: int, size_bytes: int) -> int:
-        nonlocal need
-        part = max(0, min(size_bytes, spare[slot], need))
-        if part:
+    def owe(slot: int, size_bytes: int, need: int) -> None:
+        part = min(size_bytes, spare[slot], need - free - sum(owed.values()))
+        if part > 0:
             owed[slot] = owed.get(slot, 0) + part
             spare[slot] -= part
-            need -= part
-        return part
 
-    givers = [each for each in heard if each.slot in spare]
+    givers = [each for each in heard if not each.wanted_bytes]
     for giver in sorted(givers, key=lambda each: share_of[each.slot] - each.used_bytes):
-        owe(giver.slot, giver.idle_bytes)
-    firm = wanted - view.free_bytes - sum(owed.values())
+        owe(giver.slot, giver.idle_bytes, wanted + coveted)
     parcels = sorted(
         (used_at, giver.slot, (giver.evictable_bytes + index) // AGES)
         for giver in givers
@@ -109,9 +100,13 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
         if giver.evictable_bytes
     )
     for used_at, slot, size_bytes in parcels:
-        if firm <= 0 and used_at >= older_than:
-            break
-        firm -= owe(slot, size_bytes)
+        owe(slot, size_bytes, wanted + coveted if used_at < older_than else wanted)
+
+    waiters = [each for each in heard if each.wanted_bytes]
+    above = {each.slot: each.used_bytes - share_of[each.slot] for each in waiters}
+    due = sum(min(each.wanted_bytes, max(0, -above[each.slot])) for each in waiters)
+    for waiter in sorted(waiters, key=lambda each: -above[each.slot]):
+        owe(waiter.slot, min(waiter.idle_bytes + waiter.evictable_bytes, above[waiter.slot]), due)
     return owed
 
 

@@ -512,15 +512,11 @@ class Account:
 
         Cheap; reads without the lock and may be out of date by an instant.
         """
-        ledger = self._ledger
-        for slot in ledger._used():
-            if slot != self.slot:
-                with contextlib.suppress(LedgerError):
-                    use = ledger._record(slot).use
-                    waits = use.waiting_since or use.coveted
-                    if waits and time.monotonic() - use.heartbeat < SILENCE_SECONDS:
-                        return True
-        return False
+        return any(use.waiting_since for use in self._others_heard())
+
+    def others_covet(self) -> bool:
+        """Whether another engine could do with more, but makes do. As cheap as ``others_wait``."""
+        return any(use.coveted for use in self._others_heard())
 
     def fair_share_bytes(self) -> int:
         """What is due to this engine while others wait, if it wants all that it can get."""
@@ -583,6 +579,15 @@ class Account:
                     ledger._write(self.slot, records.COUNTERS, _flat(counters))
         except LedgerBusy:
             self._late = True
+
+    def _others_heard(self) -> Iterator[Use]:
+        ledger, now = self._ledger, time.monotonic()
+        for slot in ledger._used():
+            if slot != self.slot:
+                with contextlib.suppress(LedgerError):
+                    use = ledger._record(slot).use
+                    if now - use.heartbeat < SILENCE_SECONDS:
+                        yield use
 
     def _save(self) -> None:
         *plain, ages = self._use

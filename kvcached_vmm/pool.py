@@ -1,4 +1,4 @@
-"""Which blocks to hand out, and which extents to give back. The policy, in pure Python.
+"""Which blocks to hand out, and which extents to give back.
 
 An extent is *empty* (no memory), *resident* (has memory, or was promised it), *idle* (resident, and
 all its blocks are free) or *leaving* (its release is under way). Of a resident extent's blocks
@@ -15,20 +15,20 @@ made anew a few times a second, and blocks that come back in between wait at the
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import threading
 import time
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Generic
 
-from kvcached_vmm.extents import ExtentMap, Footprint
+from kvcached_vmm.extents import ExtentMap
 from kvcached_vmm.fence import StepClock
+from kvcached_vmm.holding import Holding
+from kvcached_vmm.policy import B, Budget, Policy, Spending
+from kvcached_vmm.recency import EMPTY, IDLE, LEAVING, RESIDENT, UNUSED, Extent, Uses, remove_last
 from kvcached_vmm.records import AGES
-
-EMPTY, RESIDENT, IDLE, LEAVING = range(4)
 
 LOOK_SECONDS = 0.1
 """How often ``tick`` looks for extents that have become idle or too old; less if they decay sooner.
@@ -39,93 +39,12 @@ RELEASE_BATCH = 4
 a hundred steps a second still give back 6 GiB a second."""
 
 
-class Block(Protocol):
-    """What the pool needs to know of an engine's block."""
-
-    @property
-    def block_id(self) -> int: ...
-
-
-class Budget(Protocol):
-    """Bytes that this pool may use. ``ledger.Account`` is one."""
-
-    def reserve(self, wanted_bytes: int, unit_bytes: int) -> int:
-        """Grant at most ``wanted_bytes``, in whole units; return what was granted."""
-        ...
-
-    def commit(self, granted_bytes: int, used_bytes: int) -> None:
-        """Turn ``granted_bytes`` of grants into ``used_bytes`` of memory in use."""
-        ...
-
-    def cancel(self, granted_bytes: int) -> None:
-        """Give grants back unused."""
-        ...
-
-    def release(self, used_bytes: int) -> None:
-        """Memory is no longer in use."""
-        ...
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How long memory is kept.
-
-    Attributes:
-        decay_seconds: an idle extent is kept this long for reuse.
-        cache_seconds: a cached extent that nobody asks for is kept this long.
-        cache_bytes: cached blocks may hold this much before new blocks evict them; None: no bound.
-        reserve_bytes: idle extents kept ready while any block is live.
-    """
-
-    decay_seconds: float = 0.5
-    cache_seconds: float = 60.0
-    cache_bytes: int | None = None
-    reserve_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Spending:
-    """What a pool's committed bytes are good for; see ``records.AccountView``."""
-
-    live_bytes: int
-    cached_bytes: int
-    evictable_bytes: int
-    idle_bytes: int
-    leaving_bytes: int
-    ages: tuple[float, ...]
-
-
-B = TypeVar("B", bound=Block)
-
-
-Moment = tuple[float, int]
-"""Seconds, and the last step launched by then. Moments are told apart by identity, not by value."""
-
-UNUSED: Moment = (0.0, 0)
-"""The moment of an extent that has no cached block."""
-
-
-class _Extent(Generic[B]):
-    """``cached`` has the blocks that are kept, and ``used`` says when one of them last came."""
-
-    __slots__ = ("blocks", "cached", "idle_since", "index", "quiet_step", "state", "used")
-
-    def __init__(self, index: int, blocks: list[B]) -> None:
-        self.index = index
-        self.blocks = blocks
-        self.cached: list[B] = []
-        self.state = EMPTY
-        self.quiet_step = 0
-        self.idle_since = 0.0
-        self.used = UNUSED
-
-
 class ElasticPool(Generic[B]):
     """Hands out blocks of an arena and decides which extents have memory.
 
     The first block is never handed out and its extent is never given back, except by ``sleep``.
-    ``lock`` is reentrant. ``take`` and ``prepare`` want it held, as in a scheduling round, and the
-    other methods take it themselves: they may be called from any thread.
+    ``lock`` is reentrant. ``take`` and ``prepare`` want it held, as in a scheduling round; the
+    other methods take it themselves, on any thread.
 
     Args:
         blocks: all blocks, in the order of their ids, which start at 0.
@@ -150,33 +69,29 @@ class ElasticPool(Generic[B]):
         self.extents = extents
         self.policy = policy or Policy()
         self.lock = threading.RLock()
-        self._budget = budget
+        self._holding = Holding(extents, budget)
         self._clock = clock
         self._evict = evict
         self._now = now
         self._unit = extents.largest_bytes
         self._span = extents.blocks_per_extent
-        self._footprint = Footprint(extents)
         self._extents = [
-            _Extent(index, [blocks[b] for b in reversed(extents.blocks(index)) if b])
+            Extent(index, [blocks[b] for b in reversed(extents.blocks(index)) if b])
             for index in range(extents.num_extents)
         ]
         self._owner = [self._extents[extents.extent_of(b)] for b in range(extents.num_blocks)]
-        self._empty = list(range(extents.num_extents))
         self._stack: list[B] = []
         self._sorted = True
-        self._idle: OrderedDict[_Extent[B], None] = OrderedDict()
-        self._uses: deque[tuple[Moment, list[_Extent[B]]]] = deque()
-        """When blocks were kept and in which extents, oldest first. An extent stands wherever one
-        of its blocks was kept; what counts is the last time, ``_Extent.used``."""
+        self._idle: OrderedDict[Extent[B], None] = OrderedDict()
+        self._uses: Uses[B] = Uses()
         self._resident_blocks = 0
         self._cached_blocks = 0
-        self._credit = 0
-        self._credit_blocks = 0
+        self._granted_blocks = 0
         self._looked = -1.0
         self._leaving = 0
         self._short_blocks = self._coveted_blocks = 0
-        self._evictable: list[float] = []
+        self._shortage = 0, 0
+        self._ages: list[float] = []
         self.limit_bytes = extents.size_bytes
         """``admits`` as long as what is live stays below."""
         self.share_bytes: int | None = None
@@ -193,12 +108,12 @@ class ElasticPool(Generic[B]):
     @property
     def live_blocks(self) -> int:
         """Blocks that are handed out."""
-        return self._resident_blocks + self._credit_blocks - self.num_free_blocks
+        return self._resident_blocks + self._granted_blocks - self.num_free_blocks
 
     @property
     def committed_bytes(self) -> int:
         """Bytes of extents that have memory, or whose release is under way."""
-        return self._footprint.bytes
+        return self._holding.bytes
 
     @property
     def capacity_blocks(self) -> int:
@@ -213,7 +128,7 @@ class ElasticPool(Generic[B]):
         for each eighth of them.
         """
         with self.lock:
-            block, ages = self.extents.block_bytes, self._evictable
+            block, ages = self.extents.block_bytes, self._ages
             return Spending(
                 self.live_blocks * block,
                 self._cached_blocks * block,
@@ -295,15 +210,14 @@ class ElasticPool(Generic[B]):
         with self.lock:
             owner = self._owner
             moment = (self._now(), self._clock.launched)
-            used: list[_Extent[B]] = []
+            used: list[Extent[B]] = []
             for block in blocks:
                 extent = owner[block.block_id]
                 extent.cached.append(block)
                 if extent.used is not moment:
                     extent.used = moment
                     used.append(extent)
-            used.reverse()
-            self._uses.append((moment, used))
+            self._uses.add(moment, used)
             self._cached_blocks += len(blocks)
             self.num_free_blocks += len(blocks)
 
@@ -313,23 +227,19 @@ class ElasticPool(Generic[B]):
             extent = self._owner[block.block_id]
             assert extent.state in (RESIDENT, IDLE), "a block without memory cannot be live"
             self.num_free_blocks -= 1
-            blocks = extent.cached
-            at = _last(blocks, block)
-            if at >= 0:
+            if remove_last(extent.cached, block):
                 self._cached_blocks -= 1
-                if len(blocks) == 1:
+                if not extent.cached:
                     extent.used = UNUSED
-            else:
-                if extent.state == IDLE:
-                    self._stack += self._leave_idle(extent).blocks
-                blocks = self._stack
-                at = _last(blocks, block)
-            del blocks[at]
+                return
+            if extent.state == IDLE:
+                self._stack += self._leave_idle(extent).blocks
+            found = remove_last(self._stack, block)
+            assert found, "a block that is not free cannot be wanted back"
 
     def prepare(self, count: int, hits: Iterable[B] = ()) -> None:
-        """The engine is about to ask whether ``count`` blocks are free, among them ``hits``, free
-        ones whose content it will use. Asks the budget for what is missing; the caller holds
-        ``lock``."""
+        """Ask the budget for what is missing: the engine is about to want ``count`` blocks, among
+        them ``hits``, free ones whose content it will use. The caller holds ``lock``."""
         short = count - (self.num_free_blocks - self._cached_blocks)
         if short <= 0:
             return
@@ -340,20 +250,26 @@ class ElasticPool(Generic[B]):
             over = self._cached_blocks - bound // self.extents.block_bytes
             short -= max(0, over - cached_hits)
         if short > 0:
-            short = min(short, (len(self._empty) - self._credit) * self._span)
+            short = min(short, self._holding.spare * self._span)
             short -= self._reserve(-(-short // self._span)) * self._span
             self._coveted_blocks = max(self._coveted_blocks, short)
         if count > self.num_free_blocks:
-            self._short_blocks = max(self._short_blocks, count - self.num_free_blocks)
+            # What was granted is not used then, and goes back.
+            missing = count - self.num_free_blocks + self._granted_blocks
+            self._short_blocks = max(self._short_blocks, missing)
 
-    def take_shortage(self) -> tuple[int, int]:
-        """Bytes that were asked for and not granted since this was last asked: those that requests
-        wait for, and those that cached blocks made up for."""
+    def shortage(self) -> tuple[int, int]:
+        """Bytes that were asked for in the last scheduling round and not granted: those that
+        requests wait for, and those that cached blocks made up for."""
         with self.lock:
-            short, coveted = self._short_blocks, self._coveted_blocks
-            self._short_blocks = self._coveted_blocks = 0
+            short, coveted = self._shortage
             wanted = -(-short // self._span) * self._unit
             return wanted, max(0, -(-coveted // self._span) * self._unit - wanted)
+
+    def forget_shortage(self) -> None:
+        """There are no rounds any more, so nobody waits."""
+        with self.lock:
+            self._shortage = 0, 0
 
     def settle(self) -> list[int]:
         """A scheduling round is over: give unused grants back.
@@ -362,17 +278,18 @@ class ElasticPool(Generic[B]):
             Extents that the reserve wants committed ahead of need.
         """
         with self.lock:
+            self._shortage = self._short_blocks, self._coveted_blocks
+            self._short_blocks = self._coveted_blocks = 0
             ahead: list[int] = []
             short = self.policy.reserve_bytes // self._unit - len(self._idle)
             if short > 0 and self.live_blocks:
                 self._reserve(short)
-                while self._credit and len(ahead) < short:
+                while self._holding.grants and len(ahead) < short:
                     extent = self._grow()
-                    self._become_idle(extent, self._now())
+                    self._become_idle(extent)
                     ahead.append(extent.index)
-            if self._credit:
-                self._budget.cancel(self._credit * self._unit)
-                self._grant(-self._credit)
+            self._holding.cancel()
+            self._count_grants()
             return ahead
 
     def tick(self, limit: int = RELEASE_BATCH) -> list[int]:
@@ -386,14 +303,13 @@ class ElasticPool(Generic[B]):
             now = self._now()
             if now - self._looked >= min(LOOK_SECONDS, self.policy.decay_seconds / 4):
                 self._looked = now
-                while (oldest := self._oldest()) is not None:
-                    if oldest.used[0] + self.policy.cache_seconds > now:
-                        break
+                past = now - self.policy.cache_seconds
+                while (oldest := self._uses.oldest()) and oldest.used[0] <= past:
                     self._forget(oldest)
                 if len(self._uses) > 2 * len(self._extents):
-                    self._uses = deque((e.used, [e]) for e in self._by_age())
+                    self._uses.tidy()
                 self._heed_bound()
-                self._note_evictable(self._sort())
+                self._ages = [extent.used[0] for extent in self._evictable(self._sort())]
             due = now - self.policy.decay_seconds
             spare = len(self._idle)
             if self.live_blocks:
@@ -411,41 +327,38 @@ class ElasticPool(Generic[B]):
         then cached ones, oldest first. Live blocks stay. Answer as for ``tick``."""
         with self.lock:
             free_blocks = self._sort()
-            spare = sum(self._own_bytes(extent) for extent in self._idle)
-            for extent in self._by_age():
+            own_bytes = self.extents.own_bytes
+            spare = sum(own_bytes(extent.index) for extent in self._idle)
+            for extent in self._evictable(free_blocks):
                 if spare >= wanted_bytes:
                     break
-                if len(extent.cached) + free_blocks.get(extent, 0) == len(extent.blocks):
-                    self._forget(extent)
-                    spare += self._own_bytes(extent)
-            self._note_evictable(self._sort())
+                self._forget(extent)
+                spare += own_bytes(extent.index)
+            self._ages = [extent.used[0] for extent in self._evictable(self._sort())]
             leaving: list[int] = []
             for extent in list(self._idle):
                 if wanted_bytes <= 0:
                     break
                 if self._clock.quiet(extent.quiet_step):
                     leaving.append(self._leave(extent))
-                    wanted_bytes -= self._own_bytes(extent)
+                    wanted_bytes -= own_bytes(extent.index)
             return leaving
 
     def released(self, extents: Iterable[int]) -> None:
         """The memory of ``extents`` is gone."""
         with self.lock:
-            before = self._footprint.bytes
-            for index in extents:
-                extent = self._extents[index]
-                assert extent.state == LEAVING
+            gone = [self._extents[index] for index in extents]
+            assert all(extent.state == LEAVING for extent in gone)
+            for extent in gone:
                 extent.state = EMPTY
-                self._leaving -= 1
-                heapq.heappush(self._empty, index)
-                self._footprint.remove(index)
-            self._budget.release(before - self._footprint.bytes)
-            self._grant(0)
+            self._leaving -= len(gone)
+            self._holding.remove(extent.index for extent in gone)
+            self._count_grants()
 
     def forget_all(self) -> None:
         """No cached content is of any use."""
         with self.lock:
-            while (extent := self._oldest()) is not None:
+            while extent := self._uses.oldest():
                 self._forget(extent)
 
     def sleep(self) -> None:
@@ -455,15 +368,13 @@ class ElasticPool(Generic[B]):
             self.settle()
             self.forget_all()
             self._evict([block for extent in self._idle for block in extent.blocks] + self._stack)
-            self._budget.release(self.committed_bytes)
-            self._footprint = Footprint(self.extents)
-            self._empty = list(range(self.extents.num_extents))
+            self._holding.remove(e.index for e in self._extents if e.state != EMPTY)
             for extent in self._extents:
                 extent.state = EMPTY
             self._stack.clear()
             self._idle.clear()
             self._resident_blocks = self.num_free_blocks = self._leaving = 0
-            self._evictable = []
+            self._ages = []
 
     def wake(self) -> bool:
         """Ask for the memory of the first extent; False if the budget has none to grant now."""
@@ -471,74 +382,30 @@ class ElasticPool(Generic[B]):
             first = self._extents[0]
             if first.state == EMPTY:
                 self._reserve(1)
-                if not self._credit:
+                if not self._holding.grants:
                     return False
                 self._stack += self._grow().blocks
             return True
-
-    def check(self) -> None:
-        """Assert that every block is counted once and every extent is in the right place."""
-        with self.lock:
-            stacked = [block.block_id for block in self._stack]
-            cached = [block.block_id for extent in self._extents for block in extent.cached]
-            idle = [block.block_id for extent in self._idle for block in extent.blocks]
-            free = stacked + cached + idle
-            assert len(free) == len(set(free))
-            assert 0 not in free
-            assert self.num_free_blocks == len(free) + self._credit_blocks
-            assert self._cached_blocks == len(cached)
-            used = self._by_age()
-            assert len(used) == len(set(used))
-            assert set(used) == {self._owner[block] for block in cached}
-            assert all(extent.used is UNUSED for extent in set(self._extents) - set(used))
-            assert all(self._owner[block].state == RESIDENT for block in stacked + cached)
-            in_state = defaultdict(set)
-            for extent in self._extents:
-                in_state[extent.state].add(extent.index)
-            assert {extent.index for extent in self._idle} == in_state[IDLE]
-            assert sorted(self._empty) == sorted(in_state[EMPTY])
-            assert set(self._footprint) == in_state[RESIDENT] | in_state[IDLE] | in_state[LEAVING]
-            assert self._resident_blocks == sum(
-                len(self._extents[index].blocks) for index in in_state[RESIDENT] | in_state[IDLE]
-            )
 
     def _load(self, wanted: int) -> None:
         """Put more blocks on the stack, which has run out; at best as many as are wanted."""
         if self._idle:
             self._stack += self._leave_idle(next(reversed(self._idle))).blocks
-        elif self._credit:
+        elif self._holding.grants:
             self._stack += self._grow().blocks
         else:
             stack = self._stack
-            while len(stack) < wanted and (extent := self._oldest()) is not None:
-                stack += extent.cached
-                extent.cached = []
-                extent.used = UNUSED
+            while len(stack) < wanted and (extent := self._uses.oldest()):
+                stack += extent.drop_cached()
             assert stack, "more blocks were asked for than num_free_blocks"
             stack.reverse()
             self._cached_blocks -= len(stack)
             self._sorted = False
 
-    def _oldest(self) -> _Extent[B] | None:
-        """The cached extent that nobody has used for longest."""
-        uses = self._uses
-        while uses:
-            moment, extents = uses[0]
-            while extents:
-                if extents[-1].used is moment:
-                    return extents[-1]
-                extents.pop()
-            uses.popleft()
-        return None
-
-    def _by_age(self) -> list[_Extent[B]]:
-        """The cached extents, least recently used first."""
-        return [e for moment, used in self._uses for e in reversed(used) if e.used is moment]
-
-    def _sort(self) -> dict[_Extent[B], int]:
+    def _sort(self) -> dict[Extent[B], int]:
         """Take extents that are free as a whole off the stack, and put the blocks of the fullest
         extents on top of it. Returns how many blocks each of the others has on the stack."""
-        free: defaultdict[_Extent[B], list[B]] = defaultdict(list)
+        free: defaultdict[Extent[B], list[B]] = defaultdict(list)
         owner = self._owner
         for block in self._stack:
             free[owner[block.block_id]].append(block)
@@ -547,7 +414,7 @@ class ElasticPool(Generic[B]):
         for extent, blocks in free.items():
             extent.quiet_step = self._clock.launched
             if len(blocks) == len(extent.blocks) and extent.index:
-                self._become_idle(extent, self._now())
+                self._become_idle(extent)
             else:
                 partly.append((-len(blocks), extent.index, blocks))
         for _, _, blocks in sorted(partly):
@@ -560,18 +427,15 @@ class ElasticPool(Generic[B]):
         bound = self.policy.cache_bytes
         if bound is not None:
             most = bound // self.extents.block_bytes
-            while self._cached_blocks > most:
-                oldest = self._oldest()
-                assert oldest is not None
+            while self._cached_blocks > most and (oldest := self._uses.oldest()):
                 self._forget(oldest)
 
-    def _note_evictable(self, free_blocks: dict[_Extent[B], int]) -> None:
-        """Remember when the cached extents that could be given back were last used."""
-        self._evictable = [
-            extent.used[0]
-            for extent in self._by_age()
-            if len(extent.cached) + free_blocks.get(extent, 0) == len(extent.blocks)
-        ]
+    def _evictable(self, free_blocks: dict[Extent[B], int]) -> Iterator[Extent[B]]:
+        """The cached extents that could be given back, least recently used first."""
+        for extent in self._uses.by_age():
+            free = len(extent.cached) + free_blocks.get(extent, 0)
+            if free == len(extent.blocks) and extent.index:
+                yield extent
 
     def _cached_among(self, blocks: Iterable[B]) -> int:
         """How many of ``blocks`` are cached; those of one extent should follow each other."""
@@ -584,16 +448,9 @@ class ElasticPool(Generic[B]):
             count += block.block_id in cached
         return count
 
-    def _own_bytes(self, extent: _Extent[B]) -> int:
-        """Bytes that the driver gets back with ``extent``, whatever its neighbours do."""
-        return sum(piece.size for piece in self.extents.pieces(extent.index)[0])
-
-    def _grow(self) -> _Extent[B]:
-        extent = self._extents[heapq.heappop(self._empty)]
-        before = self._footprint.bytes
-        self._footprint.add(extent.index)
-        self._grant(-1)
-        self._budget.commit(self._unit, self._footprint.bytes - before)
+    def _grow(self) -> Extent[B]:
+        extent = self._extents[self._holding.grow()]
+        self._count_grants()
         extent.state = RESIDENT
         self._resident_blocks += len(extent.blocks)
         self.num_free_blocks += len(extent.blocks)
@@ -601,47 +458,36 @@ class ElasticPool(Generic[B]):
 
     def _reserve(self, extents: int) -> int:
         """Ask the budget for ``extents`` more; returns how many it granted."""
-        wanted = min(extents, len(self._empty) - self._credit)
-        if wanted <= 0:
-            return 0
-        granted = self._budget.reserve(wanted * self._unit, self._unit) // self._unit
-        self._grant(granted)
+        granted = self._holding.reserve(extents)
+        self._count_grants()
         return granted
 
-    def _grant(self, extents: int) -> None:
-        """Count granted extents in or out. The lowest go first, so only the last can be short."""
-        self._credit += extents
-        blocks = self._credit * self._span
-        if self._credit and self._credit == len(self._empty):
-            blocks -= self._span - len(self._extents[max(self._empty)].blocks)
-        if self._credit and self._empty[0] == 0:
-            blocks -= 1
-        self.num_free_blocks += blocks - self._credit_blocks
-        self._credit_blocks = blocks
+    def _count_grants(self) -> None:
+        self.num_free_blocks += self._holding.granted_blocks - self._granted_blocks
+        self._granted_blocks = self._holding.granted_blocks
 
-    def _become_idle(self, extent: _Extent[B], since: float) -> None:
+    def _become_idle(self, extent: Extent[B]) -> None:
         extent.state = IDLE
-        extent.idle_since = since
+        extent.idle_since = self._now()
         self._idle[extent] = None
 
-    def _leave_idle(self, extent: _Extent[B]) -> _Extent[B]:
+    def _leave_idle(self, extent: Extent[B]) -> Extent[B]:
         del self._idle[extent]
         extent.state = RESIDENT
         return extent
 
-    def _forget(self, extent: _Extent[B]) -> None:
+    def _forget(self, extent: Extent[B]) -> None:
         """Keep the content of ``extent`` no longer; the engine forgets it when it is reused."""
         extent.quiet_step = extent.used[1]
-        extent.used = UNUSED
-        blocks, extent.cached = extent.cached, []
+        blocks = extent.drop_cached()
         self._cached_blocks -= len(blocks)
         if len(blocks) == len(extent.blocks) and extent.index:
-            self._become_idle(extent, self._now())
+            self._become_idle(extent)
         else:
             self._stack[:0] = blocks
             self._sorted = False
 
-    def _leave(self, extent: _Extent[B]) -> int:
+    def _leave(self, extent: Extent[B]) -> int:
         self._leave_idle(extent)
         self._evict(extent.blocks)
         extent.state = LEAVING
@@ -649,11 +495,3 @@ class ElasticPool(Generic[B]):
         self._resident_blocks -= len(extent.blocks)
         self.num_free_blocks -= len(extent.blocks)
         return extent.index
-
-
-def _last(blocks: list[B], block: B) -> int:
-    """Where ``block`` itself lies among ``blocks``, looked for from the end; or -1."""
-    at = len(blocks) - 1
-    while at >= 0 and blocks[at] is not block:
-        at -= 1
-    return at

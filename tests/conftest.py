@@ -1,4 +1,4 @@
-"""Profiles for hypothesis, and the host driver that most tests run on."""
+"""Profiles for hypothesis, the host driver that most tests run on, and a tiny engine."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 import pytest
 from faults import PAGE
 from hypothesis import HealthCheck, settings
+from tiny_engine import nothing_installed, site
 
 from kvcached_plugins.cli import main
 from kvcached_vmm.host_driver import HostDriver
 from kvcached_vmm.ledger import Account, Ledger
 from kvcached_vmm.units import MIB
+
+__all__ = ["nothing_installed", "site"]
 
 settings.register_profile(
     "local", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow]

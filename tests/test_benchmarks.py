@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pool_state import check_pool
 
 from integration.benchmarks import churn, ledger_ops, ledger_storm
 from integration.benchmarks.traces import LOADS, Load, Step, Trace, simulated
@@ -94,7 +95,7 @@ def test_a_replay_asks_both_pools_for_the_same_and_leaves_what_is_live() -> None
             assert [len(times) for times in costs] == [200, 200, 200]
             assert bool(len(pool.cached_block_hash_to_block)) == prefix_caching
             if make is pool_ops.elastic_pool:
-                pool.elastic.check()
+                check_pool(pool.elastic)
 
 
 @needs_vllm

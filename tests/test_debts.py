@@ -90,11 +90,12 @@ def machines(draw: st.DrawFn) -> LedgerView:
 @given(machines())
 def test_nobody_is_asked_for_what_it_needs_or_was_promised(machine: LedgerView) -> None:
     owed = debts(machine, NOW)
-    for each in machine.accounts:
+    shares = fair_shares(machine.capacity_bytes, [claim_of(each) for each in machine.accounts])
+    for each, share in zip(machine.accounts, shares, strict=True):
         asked = owed.get(each.slot, 0)
         assert asked >= 0
         if asked:
-            assert not each.wanted_bytes, "a waiter gives nothing"
+            assert not each.wanted_bytes or each.used_bytes - asked >= share, "it waits itself"
             assert NOW - each.heartbeat < SILENCE_SECONDS, "the silent are not counted on"
             assert asked <= each.idle_bytes + each.evictable_bytes
             assert each.used_bytes - asked >= each.minimum_bytes
@@ -176,6 +177,12 @@ def test_cache_goes_to_who_waits_even_beyond_its_share() -> None:
     cache = engine(0, committed_bytes=50, live_bytes=40, demand_bytes=50, evictable_bytes=10)
     greedy = engine(1, committed_bytes=50, live_bytes=50, wanted_bytes=10, demand_bytes=60)
     assert debts(ledger(100, cache, greedy), NOW) == {0: 10}
+
+
+def test_who_waits_gives_what_is_above_its_share_to_who_has_less() -> None:
+    more = engine(0, committed_bytes=70, evictable_bytes=30, wanted_bytes=90, demand_bytes=160)
+    less = engine(1, committed_bytes=30, wanted_bytes=90, demand_bytes=120)
+    assert debts(ledger(100, more, less), NOW) == {0: 20}
 
 
 def test_nobody_gives_for_an_engine_that_may_have_no_more() -> None:

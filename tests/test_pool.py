@@ -10,10 +10,12 @@ from faults import PAGE
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from pool_state import check_pool
 
 from kvcached_vmm.extents import ExtentMap, Footprint, Region
 from kvcached_vmm.fence import StepClock
-from kvcached_vmm.pool import RELEASE_BATCH, ElasticPool, Policy
+from kvcached_vmm.policy import Policy
+from kvcached_vmm.pool import RELEASE_BATCH, ElasticPool
 
 LAYOUTS = [
     ExtentMap(16, [Region(0, PAGE)], PAGE, 4),
@@ -154,7 +156,7 @@ class World:
         self.clock.finish(self.flying.popleft()[0])
 
     def check(self) -> None:
-        self.pool.check()
+        check_pool(self.pool)
         footprint = Footprint(self.layout)
         for extent in self.memory:
             footprint.add(extent)

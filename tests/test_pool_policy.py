@@ -10,7 +10,8 @@ from faults import PAGE
 from test_pool import World
 
 from kvcached_vmm.extents import ExtentMap, Region
-from kvcached_vmm.pool import RELEASE_BATCH, Policy
+from kvcached_vmm.policy import Policy
+from kvcached_vmm.pool import RELEASE_BATCH
 
 FOUR = ExtentMap(400, [Region(0, PAGE)], PAGE, 4)
 """Extents of four blocks, a page each."""

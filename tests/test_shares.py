@@ -10,7 +10,7 @@ import pytest
 from kvcached_plugins.shares import Shares
 from kvcached_vmm import records
 from kvcached_vmm.ledger import Account, Ledger
-from kvcached_vmm.pool import Spending
+from kvcached_vmm.policy import Spending
 from kvcached_vmm.units import MIB
 
 

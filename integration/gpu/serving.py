@@ -76,6 +76,26 @@ def benchmark(
     }
 
 
+def start_client(folder: Path, spec: Json, env: Mapping[str, str]) -> tuple[Child, EventLog]:
+    """Start bench_client.py, which waits until it may begin; and where it says what it does."""
+    events = EventLog(folder / "client.jsonl")
+    path = folder / "client-spec.json"
+    write_json(path, {"events": str(events.path), **spec})
+    command = python("integration.gpu.bench_client", str(path))
+    return Child(command, folder / "client.log", env), events
+
+
+def figures(path: Path, names: list[str]) -> Json:
+    """Those figures of ``names`` that a run of the benchmark has left in its file."""
+    full = json.loads(path.read_text())
+    return {name: full[name] for name in names if name in full}
+
+
+def over(one: Json, two: Json, names: list[str]) -> Json:
+    """``two`` over ``one``, for each figure that both have."""
+    return {n: round(two[n] / one[n], 4) for n in names if one.get(n) and two.get(n) is not None}
+
+
 class Arm:
     """A server, plugin on or off, from its start to its end."""
 
@@ -148,7 +168,6 @@ class Arm:
 
     def _start_client(self, labels: set[str] | None, deadline: float) -> tuple[Child, EventLog]:
         options = self._options
-        events = EventLog(self.folder / "client.jsonl")
         runs = plan(
             options["rates"],
             options["seconds"],
@@ -157,15 +176,11 @@ class Arm:
             {**options["load"], "result_dir": str(self.folder)},
         )
         runs = [run for run in runs if labels is None or run["label"] in labels]
-        spec = self.folder / "client-spec.json"
         last = deadline - DRAIN_S[-1] - 10.0
-        write_json(
-            spec,
-            {"events": str(events.path), "port": options["port"], "deadline": last, "runs": runs},
+        spec = {"port": options["port"], "deadline": last, "runs": runs}
+        return start_client(
+            self.folder, spec, environment(False, options["env"], options["cache"] / "client")
         )
-        client_env = environment(False, options["env"], options["cache"] / "client")
-        command = python("integration.gpu.bench_client", str(spec))
-        return Child(command, self.folder / "client.log", client_env), events
 
     def _mark(self, name: str) -> None:
         self._marks.append((name, time.time()))
@@ -192,26 +207,17 @@ class Arm:
             if path.stem not in LABELS:
                 continue
             with contextlib.suppress(json.JSONDecodeError):
-                full = json.loads(path.read_text())
-                runs[path.stem] = {name: full[name] for name in KEPT if name in full}
+                runs[path.stem] = figures(path, KEPT)
         return runs
 
 
 def ratios(off: Json, on: Json) -> Json:
     """On over off for each run, and how much one arm differs from itself at half load."""
-    figures: Json = {}
+    found: Json = {}
     for label in off["runs"].keys() & on["runs"].keys():
-        one, two = off["runs"][label], on["runs"][label]
-        figures[label] = {
-            name: round(two[name] / one[name], 4)
-            for name in COMPARED
-            if one.get(name) and two.get(name)
-        }
+        found[label] = over(off["runs"][label], on["runs"][label], COMPARED)
     noise = {}
     for arm in (off, on):
         if {"half", "half-again"} <= arm["runs"].keys():
-            first, again = arm["runs"]["half"], arm["runs"]["half-again"]
-            noise[arm["arm"]] = {
-                name: round(again[name] / first[name], 4) for name in COMPARED if first.get(name)
-            }
-    return {"on_over_off": figures, "same_arm_again_over_first": noise}
+            noise[arm["arm"]] = over(arm["runs"]["half"], arm["runs"]["half-again"], COMPARED)
+    return {"on_over_off": found, "same_arm_again_over_first": noise}

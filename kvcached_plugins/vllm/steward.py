@@ -28,7 +28,7 @@ from kvcached_vmm.extents import ExtentMap
 from kvcached_vmm.fence import StepClock
 from kvcached_vmm.host_driver import HostDriver
 from kvcached_vmm.ledger import Account, Ledger
-from kvcached_vmm.pool import Policy
+from kvcached_vmm.policy import Policy
 from kvcached_vmm.units import format_size
 
 logger = logging.getLogger("vllm.kvcached")
@@ -213,6 +213,8 @@ class Steward:
                 if self._local is not None:
                     self._shares.counters.driver_seconds = self._local.driver_seconds
                 if not self._stopped.is_set():
+                    if not self._is_stepping():
+                        self.pool.forget_shortage()
                     self._tenant.report(force=True)
         spare = now >= self._next_look and (self.pool.has_spare or self._leaving)
         if not spare and not self._tenant.must_answer():
@@ -223,6 +225,11 @@ class Steward:
         else:
             self._call_from_main_thread()
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the engine has ended."""
+        return self._stopped.is_set()
+
     def _is_stepping(self) -> bool:
         """Whether a next step will take our orders along, soon."""
         if time.monotonic() - self._launched_at >= QUIET_SECONDS:
@@ -231,7 +238,7 @@ class Steward:
         return in_flight or bool(self._scheduler.has_requests())
 
     def _queued_bytes(self) -> int:
-        """What requests need that could run beside the others and wait behind the first one.
+        """What requests need that wait and could run beside the others.
 
         Known to the neighbours at once, it spares as many rounds of asking and giving, and they
         keep to fair shares from the start.
@@ -240,7 +247,7 @@ class Steward:
         room = min(scheduler.max_num_running_reqs - len(scheduler.running), QUEUE_LOOK)
         blocks = sum(
             -(-request.num_tokens // self._block_tokens)
-            for request in itertools.islice(scheduler.waiting, 1, max(1, room))
+            for request in itertools.islice(scheduler.waiting, max(0, room))
         )
         return int(blocks) * self.pool.extents.block_bytes
 
@@ -321,8 +328,9 @@ def _reclaimer(watched: weakref.ref[Steward], shares: Shares) -> None:
             return
         try:
             steward.look()
-        except KVCachedError as error:
-            logger.error("kvcached: memory cannot be given back now: %s", error)
+        except (KVCachedError, ValueError) as error:  # ValueError: the ledger is being closed
+            if not steward.stopped:
+                logger.error("kvcached: memory cannot be given back now: %s", error)
         del steward
 
 

@@ -1,0 +1,81 @@
+"""What a pool holds: extents that have memory, grants for more, and the extents that have none."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+
+from kvcached_vmm.extents import ExtentMap, Footprint
+from kvcached_vmm.policy import Budget
+
+
+class Holding:
+    """Keeps the budget's account of an arena's extents.
+
+    A grant is for an extent, but for none in particular: the lowest empty one uses the next grant,
+    so that memory gathers at low addresses.
+    """
+
+    def __init__(self, extents: ExtentMap, budget: Budget) -> None:
+        self._extents = extents
+        self._budget = budget
+        self._unit = extents.largest_bytes
+        self._footprint = Footprint(extents)
+        self._empty = list(range(extents.num_extents))
+        self.grants = 0
+        """Extents that the budget has granted and that have no memory yet."""
+        self.granted_blocks = 0
+        """Blocks in the extents that would use these grants, the null block left out."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the extents that have memory."""
+        return self._footprint.bytes
+
+    @property
+    def spare(self) -> int:
+        """Empty extents that no grant is for."""
+        return len(self._empty) - self.grants
+
+    def reserve(self, extents: int) -> int:
+        """Ask for grants for so many more extents; returns how many there are."""
+        wanted = min(extents, self.spare)
+        if wanted <= 0:
+            return 0
+        granted = self._budget.reserve(wanted * self._unit, self._unit) // self._unit
+        self._grant(granted)
+        return granted
+
+    def cancel(self) -> None:
+        """Give all grants back unused."""
+        if self.grants:
+            self._budget.cancel(self.grants * self._unit)
+            self._grant(-self.grants)
+
+    def grow(self) -> int:
+        """Use a grant; return the extent that has memory now, or will as soon as it is touched."""
+        extent = heapq.heappop(self._empty)
+        before = self.bytes
+        self._footprint.add(extent)
+        self._grant(-1)
+        self._budget.commit(self._unit, self.bytes - before)
+        return extent
+
+    def remove(self, extents: Iterable[int]) -> None:
+        """The memory of ``extents`` is gone."""
+        before = self.bytes
+        for extent in extents:
+            heapq.heappush(self._empty, extent)
+            self._footprint.remove(extent)
+        self._budget.release(before - self.bytes)
+        self._grant(0)
+
+    def _grant(self, extents: int) -> None:
+        """Count grants in or out. The lowest extents use them, so only the last can be short."""
+        self.grants += extents
+        span = self._extents.blocks_per_extent
+        self.granted_blocks = self.grants * span
+        if self.grants and self.grants == len(self._empty):
+            self.granted_blocks -= span - len(self._extents.blocks(max(self._empty)))
+        if self.grants and self._empty[0] == 0:
+            self.granted_blocks -= 1
