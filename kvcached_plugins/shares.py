@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from kvcached_plugins.hub import owed_bytes
-from kvcached_vmm.errors import LedgerError
+from kvcached_vmm.errors import LedgerBusy, LedgerError
 from kvcached_vmm.ledger import Account
 from kvcached_vmm.policy import Spending
 from kvcached_vmm.records import NO_LIMIT, Counters
@@ -31,7 +31,8 @@ class Shares:
     ) -> None:
         self._accounts = accounts
         self._free_bytes = free_bytes
-        self._complained = False
+        self._complained = self._held_up = False
+        self._fair_share_bytes: int | None = None
         self.counters = Counters()
         """For each worker; counted here as far as the budget sees it."""
 
@@ -84,16 +85,29 @@ class Shares:
         return any(account.others_covet() for account, _ in self._accounts)
 
     def owed_bytes(self) -> int:
-        """Bytes of each worker that other engines are due now."""
+        """Bytes of each worker that other engines are due now; 0 if a ledger cannot be read."""
         now = time.monotonic()
-        return max(
-            -(-owed_bytes(account.view(), account.slot, now) // ranks)
-            for account, ranks in self._accounts
-        )
+        try:
+            return max(
+                -(-owed_bytes(account.view(), account.slot, now) // ranks)
+                for account, ranks in self._accounts
+            )
+        except LedgerError as error:
+            self._complain(error)
+            return 0
 
     def fair_share_bytes(self) -> int:
-        """What each worker may have while others wait, if it wants all that it can get."""
-        return min(account.fair_share_bytes() // ranks for account, ranks in self._accounts)
+        """What each worker may have while others wait, if it wants all that it can get; as last
+        known if a ledger cannot be read."""
+        try:
+            self._fair_share_bytes = min(
+                account.fair_share_bytes() // ranks for account, ranks in self._accounts
+            )
+        except LedgerError as error:
+            self._complain(error)
+            if self._fair_share_bytes is None:
+                return self.limit_bytes()
+        return self._fair_share_bytes
 
     def cache_bytes(self) -> int | None:
         """What each worker's cached blocks may hold; None: no bound."""
@@ -119,12 +133,20 @@ class Shares:
     def _ask(self, account: Account, wanted: int, unit: int, free: int) -> int:
         """A ledger that can no longer be trusted grants nothing: requests wait, nothing crashes."""
         try:
-            return account.reserve(wanted, unit, free)
+            granted = account.reserve(wanted, unit, free)
         except LedgerError as error:
-            if not self._complained:
-                self._complained = True
-                logger.error("kvcached: no more memory is granted: %s", error)
+            self._complain(error)
             return 0
+        held_up = account.held_up
+        if bool(held_up) != self._held_up:
+            self._held_up = bool(held_up)
+            logger.warning("kvcached: %s", held_up or "memory can be granted again.")
+        return granted
+
+    def _complain(self, error: LedgerError) -> None:
+        if not self._complained and not isinstance(error, LedgerBusy):
+            self._complained = True
+            logger.error("kvcached: no more memory is granted: %s", error)
 
     def close(self) -> None:
         """Leave the ledgers."""

@@ -28,6 +28,10 @@ class LedgerError(KVCachedError):
     """The shared ledger cannot be used: wrong owner, corrupt, newer version, or full."""
 
 
+class LedgerBusy(LedgerError):
+    """Another process holds the ledger's lock. Nothing has changed; the call may be repeated."""
+
+
 class SettingsError(KVCachedError):
     """A variable holds something that we cannot accept."""
 

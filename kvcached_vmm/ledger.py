@@ -17,22 +17,26 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
 from kvcached_vmm import records
 from kvcached_vmm.bell import Bell
-from kvcached_vmm.errors import LedgerError
-from kvcached_vmm.fairness import SILENCE_SECONDS, Claim, fair_shares
+from kvcached_vmm.errors import LedgerBusy, LedgerError
+from kvcached_vmm.fairness import SILENCE_SECONDS, Claim, claim_of, fair_shares
 from kvcached_vmm.locks import (
-    FileMutex,
+    PATIENT_SECONDS,
+    Writing,
+    busy,
     is_locked,
     open_private,
     private_directory,
     try_lock,
     unlock,
+    wait_for_lock,
 )
 from kvcached_vmm.records import AccountView, Counters, LedgerView, Record, Terms, Use, Who
 from kvcached_vmm.units import format_size
@@ -62,7 +66,7 @@ class Ledger:
         self._map = mmap.mmap(fd, records.FILE_BYTES)
         self._threads = threading.Lock()
         self._count = memoryview(self._map)[records.CHANGES_AT : records.CHANGES_AT + 8].cast("Q")
-        self._writing = _Writing(path, fd, self._count)
+        self._writing = Writing(path, fd, self._count)
         self._own: int | None = None
         self._read: dict[int, tuple[bytes, Record]] = {}
         self.bell = Bell(self._map, records.BELL_AT)
@@ -78,8 +82,11 @@ class Ledger:
         path = private_directory(directory) / f"{device}{SUFFIX}"
         fd = open_private(path)
         try:
-            with FileMutex(fd):
+            if not _is_whole(fd):
+                if not wait_for_lock(fd, PATIENT_SECONDS):
+                    raise busy(path)
                 _make_or_check(path, fd)
+                unlock(fd, 0)
             return cls(device, path, fd)
         except OSError as error:
             os.close(fd)
@@ -111,13 +118,13 @@ class Ledger:
                     if before % 2 == 0 and before == self._count[0]:
                         break
             else:
-                with self._writing:
+                view = self._view_of_the_held_up()
+            alive = tuple(each for each in view.accounts if not self._is_dead(each.slot))
+            if len(alive) < len(view.accounts):
+                with contextlib.suppress(LedgerBusy), self._writing:
                     self._collect()
-                    view = self._view()
-            if any(self._is_dead(account.slot) for account in view.accounts):
-                with self._writing:
-                    self._collect()
-                    view = self._view()
+                    return self._view()
+                return replace(view, accounts=alive)
             return view
 
     def join(
@@ -149,7 +156,7 @@ class Ledger:
             LedgerError: full, another budget in use, the minimum is not to be had, or terms that
                 make no sense.
         """
-        with self._threads, self._writing:
+        with self._threads, self._writing.patiently():
             if self._own is not None:
                 raise ValueError("an open ledger serves one account")
             self._collect()
@@ -213,7 +220,7 @@ class Ledger:
             LedgerError: the engine has left, or the guarantees would exceed the budget, or terms
                 that make no sense.
         """
-        with self._threads, self._writing:
+        with self._threads, self._writing.patiently():
             self._collect()
             record = self._record(account.slot) if self._pid(account.slot) else None
             if record is None or (record.who.pid, record.who.joined) != (
@@ -273,6 +280,18 @@ class Ledger:
         _, _, _, budget, set_by_user, _ = self._header()
         return LedgerView(self.device, budget, bool(set_by_user), accounts)
 
+    def _view_of_the_held_up(self) -> LedgerView:
+        """What the file holds while somebody writes, all the time, or is stopped in the middle."""
+        try:
+            with self._writing:
+                self._collect()
+                return self._view()
+        except LedgerBusy:
+            try:
+                return self._view()
+            except LedgerError:
+                raise busy(self.path) from None
+
     def _check_terms(self, slot: int | None, terms: Terms) -> None:
         sizes = terms.minimum, terms.maximum, max(terms.cache, 0)
         if not all(0 <= size <= records.NO_LIMIT for size in sizes):
@@ -323,37 +342,6 @@ class Ledger:
             self._fd = self._writing.fd = -1
 
 
-class _Writing:
-    """Alone among writers, in a ``with``. Readers notice; a count that a dead writer left odd is
-    mended. ``epoch`` changes when anybody else has written in between.
-
-    The count is written as one word: ``pack_into`` would make it 0 first, for readers to see and
-    for a dead writer to leave.
-    """
-
-    def __init__(self, path: Path, fd: int, count: memoryview) -> None:
-        self.fd = fd
-        self.epoch = 0
-        self._path = path
-        self._processes = FileMutex(fd)
-        self._count = count
-        self._changes = -1
-
-    def __enter__(self) -> None:
-        if self.fd < 0:
-            raise LedgerError(f"The ledger {self._path} is closed.")
-        self._processes.__enter__()
-        changes = self._count[0]
-        if changes != self._changes:
-            self.epoch += 1
-        self._changes = (changes | 1) + 1
-        self._count[0] = changes | 1
-
-    def __exit__(self, *_: object) -> None:
-        self._count[0] = self._changes
-        self._processes.__exit__()
-
-
 class _Others(NamedTuple):
     """Sums over the other accounts, good until somebody else writes."""
 
@@ -381,6 +369,7 @@ class Account:
         self._use = use
         self._packed = bytearray()
         self._committed = self._reserved = 0
+        self._late = False
         self._peak_at = 0.0
         self._others = _Others(-1, 0, 0, 0, 0, 0.0)
 
@@ -398,6 +387,18 @@ class Account:
             found = records.terms_in_force(self._ledger._map[at : at + records.RECORD_BYTES])
             self._terms_read = raw, found or self._terms_read[1]
         return self._terms_read[1]
+
+    @property
+    def is_late(self) -> bool:
+        """Whether our record does not yet say what we told it: somebody held the lock then."""
+        return self._late
+
+    @property
+    def held_up(self) -> str:
+        """Why nothing can be granted, in a sentence, if another process holds the ledger for longer
+        than we could wait; else empty."""
+        ledger = self._ledger
+        return str(busy(ledger.path)) if ledger._writing.is_held_up else ""
 
     @property
     def limit_bytes(self) -> int:
@@ -422,52 +423,44 @@ class Account:
             free_bytes: what the driver says is free, whoever else may be on the device.
 
         Returns:
-            Bytes granted, maybe 0. They count as used until committed or cancelled.
+            Bytes granted, maybe 0. They count as used until committed or cancelled. Nothing is
+            granted while another process does not let go of the ledger.
         """
-        ledger = self._ledger
-        with ledger._threads, ledger._writing:
-            try:
-                grant = self._grant(wanted_bytes, unit_bytes, free_bytes)
-            except LedgerError:  # of somebody dead, or it will be raised again
-                grant = -1
-            if grant < wanted_bytes:
-                ledger._collect()
-                grant = self._grant(wanted_bytes, unit_bytes, free_bytes)
-            if grant:
-                self._reserved += grant
-                self._save_sums()
-                if self._use.wanted:
-                    self._use = self._use._replace(wanted=max(0, self._use.wanted - grant))
-                    self._save()
-            return grant
+        try:
+            with self._ledger._threads, self._ledger._writing:
+                return self._reserve(wanted_bytes, unit_bytes, free_bytes)
+        except LedgerBusy:
+            return 0
 
     def commit(self, granted_bytes: int, used_bytes: int) -> None:
-        """Turn ``granted_bytes`` of grants into ``used_bytes`` of memory; give the rest back."""
+        """Turn ``granted_bytes`` of grants into ``used_bytes`` of memory; give the rest back.
+
+        It is so at once. If another process does not let go of the ledger, the others learn of it
+        with our next call that finds it free: until then they believe that we have more.
+        """
         assert used_bytes <= granted_bytes <= self._reserved
-        ledger = self._ledger
-        with ledger._threads, ledger._writing:
+        with self._ledger._threads:
             self._committed += used_bytes
             self._reserved -= granted_bytes
-            self._save_sums()
+            self._tell()
 
     def cancel(self, granted_bytes: int) -> None:
         """Give grants back unused."""
         self.commit(granted_bytes, 0)
 
     def release(self, used_bytes: int) -> None:
-        """Memory is no longer in use."""
+        """Memory is no longer in use; told to the others as by ``commit``."""
         assert used_bytes <= self._committed
-        ledger = self._ledger
-        with ledger._threads, ledger._writing:
+        with self._ledger._threads:
             self._committed -= used_bytes
-            self._save_sums()
+            self._tell()
 
     def fix(self, fixed_bytes: int) -> None:
         """Tell the others how much of the budget weights and activations take, for good."""
-        ledger = self._ledger
-        with ledger._threads, ledger._writing:
+        with self._ledger._threads:
             self._use = self._use._replace(fixed=fixed_bytes)
-            self._save()
+            self._late = True
+            self._tell()
 
     def report(
         self,
@@ -487,7 +480,7 @@ class Account:
         See ``AccountView`` for what each means. A need that is new rings the bell.
         """
         ledger, now = self._ledger, time.monotonic()
-        with ledger._threads, ledger._writing:
+        with ledger._threads:
             use = self._use
             demand = self._committed + self._reserved - idle_bytes - leaving_bytes + wanted_bytes
             if not wanted_bytes:
@@ -509,9 +502,8 @@ class Account:
                 heartbeat=now,
                 ages=tuple(ages) or (0.0,) * records.AGES,
             )
-            self._save()
-            if counters is not None:
-                ledger._write(self.slot, records.COUNTERS, _flat(counters))
+            self._late = True
+            self._tell(counters)
         if wanted_bytes + coveted_bytes > use.wanted + use.coveted:
             ledger._ring()
 
@@ -528,10 +520,14 @@ class Account:
 
     def fair_share_bytes(self) -> int:
         """What is due to this engine while others wait, if it wants all that it can get."""
-        ledger = self._ledger
-        with ledger._threads, ledger._writing:
-            ledger._collect()
-            return self._fair_share(ledger._view().capacity_bytes)
+        view = self._ledger.snapshot()
+        claims = {each.slot: claim_of(each) for each in view.accounts}
+        if self.slot not in claims:
+            raise LedgerError(f"The ledger {self._ledger.path} has lost the record of this engine.")
+        weight, floor, _ = claims[self.slot]
+        claims[self.slot] = Claim(weight, floor, max(floor, view.capacity_bytes))
+        shares = fair_shares(view.capacity_bytes, list(claims.values()))
+        return shares[list(claims).index(self.slot)]
 
     def view(self) -> LedgerView:
         """The whole ledger, now."""
@@ -549,11 +545,40 @@ class Account:
         ledger = self._ledger
         with ledger._threads:
             if ledger._fd >= 0:
-                with ledger._writing:
+                # Who finds a record whose owner has closed the file collects it.
+                with contextlib.suppress(LedgerBusy), ledger._writing:
                     ledger._erase(self.slot)
                     unlock(ledger._fd, 1 + self.slot)
                 ledger.bell.ring()
                 ledger._close()
+
+    def _reserve(self, wanted_bytes: int, unit_bytes: int, free_bytes: int) -> int:
+        ledger = self._ledger
+        try:
+            grant = self._grant(wanted_bytes, unit_bytes, free_bytes)
+        except LedgerError:  # of somebody dead, or it will be raised again
+            grant = -1
+        if grant < wanted_bytes:
+            ledger._collect()
+            grant = self._grant(wanted_bytes, unit_bytes, free_bytes)
+        if grant:
+            self._reserved += grant
+            self._save_sums()
+            if self._use.wanted:
+                self._use = self._use._replace(wanted=max(0, self._use.wanted - grant))
+                self._save()
+        return grant
+
+    def _tell(self, counters: Counters | None = None) -> None:
+        """Write what we know into our record, now or later."""
+        ledger = self._ledger
+        try:
+            with ledger._writing:
+                self._save_sums()
+                if counters is not None:
+                    ledger._write(self.slot, records.COUNTERS, _flat(counters))
+        except LedgerBusy:
+            self._late = True
 
     def _others_heard(self) -> Iterator[Use]:
         ledger, now = self._ledger, time.monotonic()
@@ -569,9 +594,13 @@ class Account:
         plain[:2] = self._committed, self._reserved
         self._packed = bytearray(records.USE.pack((*plain, *ages)))
         self._ledger._map[self._place] = self._packed
+        self._late = False
 
     def _save_sums(self) -> None:
         """The two figures that change all the time; the others as we know them."""
+        if self._late:
+            self._save()
+            return
         records.rewrite_sums(self._packed, self._committed, self._reserved)
         self._ledger._map[self._place] = self._packed
 
@@ -664,17 +693,33 @@ def _flat(counters: Counters) -> tuple[object, ...]:
     return tuple(vars(counters).values())
 
 
+def _is_whole(fd: int) -> bool:
+    """Whether a file is a ledger of ours that has all its memory: a write into a page that a full
+    disk cannot give would end the process."""
+    status = os.fstat(fd)
+    if status.st_size != records.FILE_BYTES or status.st_blocks * 512 < records.FILE_BYTES:
+        return False
+    head = records.HEADER.unpack(os.pread(fd, records.HEADER.size, 0))
+    return _is_ours(head, status.st_size)
+
+
+def _is_ours(head: tuple[Any, ...], size: int) -> bool:
+    magic, version, slots, budget, _, used = head
+    known = (records.MAGIC, records.VERSION, records.SLOTS, records.FILE_BYTES)
+    return (magic, version, slots, size) == known and used <= records.SLOTS and budget >= 0
+
+
 def _make_or_check(path: Path, fd: int) -> None:
     size = os.fstat(fd).st_size
     head = os.pread(fd, records.HEADER.size, 0).ljust(records.HEADER.size, b"\0")
     if size in (0, records.FILE_BYTES) and not any(head):
-        os.ftruncate(fd, records.FILE_BYTES)
+        os.posix_fallocate(fd, 0, records.FILE_BYTES)
         first = records.HEADER.pack(records.MAGIC, records.VERSION, records.SLOTS, 0, 0, 0)
         os.pwrite(fd, first, 0)
         return
-    magic, version, slots, budget, _, used = records.HEADER.unpack(head)
-    known = (records.MAGIC, records.VERSION, records.SLOTS, records.FILE_BYTES)
-    if (magic, version, slots, size) != known or used > records.SLOTS or budget < 0:
+    if _is_ours(records.HEADER.unpack(head), size):
+        os.posix_fallocate(fd, 0, records.FILE_BYTES)
+    else:
         raise LedgerError(
             f"{path} is not a ledger that this version understands; stop the engines that use it "
             "and delete it, or set KVCACHED_DIR to another folder."

@@ -10,9 +10,21 @@ import fcntl
 import os
 import stat
 import struct
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-from kvcached_vmm.errors import LedgerError
+from kvcached_vmm.errors import LedgerBusy, LedgerError
+
+BRIEF_SECONDS = 0.02
+"""How long an engine waits for a writer that makes no progress. One needs some 10 us, unless it
+loses its core."""
+
+PATIENT_SECONDS = 5.0
+"""The same for somebody who starts an engine or changes limits; and for how long an engine waits
+while one after the other gets the lock before it."""
+
+LONGEST_PAUSE_SECONDS = 0.0005
 
 _FLOCK = struct.Struct("hhqqi4x")
 _ADVICE = "point KVCACHED_DIR at a folder of your own."
@@ -83,17 +95,85 @@ def is_locked(fd: int, byte: int) -> bool:
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
-class FileMutex:
-    """The lock on byte 0, to be held in a ``with``. Made for the hot path."""
+class Writing:
+    """The lock on byte 0: alone among writers, in a ``with``. Made for the hot path.
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    Readers notice by the count, which is odd meanwhile and is mended if a dead writer left it so;
+    it is written as one word, for ``pack_into`` would make it 0 first. ``epoch`` changes when
+    anybody else has written in between.
+
+    The kernel drops the lock of a holder that dies, and keeps that of one that is stopped. Nobody
+    waits for that one for long, and nobody twice: it is the same as long as the count is.
+    """
+
+    def __init__(self, path: Path, fd: int, count: memoryview) -> None:
+        self.fd = fd
+        self.epoch = 0
+        self._path = path
+        self._count = count
+        self._changes = -1
+        self._patience_s = BRIEF_SECONDS
+        self._given_up_at = -1
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether somebody was waited for in vain and has done nothing since."""
+        return bool(self._count[0] == self._given_up_at)
+
+    def patiently(self) -> Writing:
+        """For a ``with`` whose lock may be waited for as long as a person would."""
+        self._patience_s = PATIENT_SECONDS
+        return self
 
     def __enter__(self) -> None:
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, _LOCK_0)
+        if self.fd < 0:
+            raise LedgerError(f"The ledger {self._path} is closed.")
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _LOCK_0)
+        except BlockingIOError:
+            self._wait()
+        changes = self._count[0]
+        if changes != self._changes:
+            self.epoch += 1
+        self._changes = (changes | 1) + 1
+        self._count[0] = changes | 1
 
     def __exit__(self, *_: object) -> None:
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _UNLOCK_0)
+        self._count[0] = self._changes
+        self._patience_s = BRIEF_SECONDS
+        fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _UNLOCK_0)
+
+    def _wait(self) -> None:
+        patience_s, self._patience_s = self._patience_s, BRIEF_SECONDS
+        if (patience_s == BRIEF_SECONDS and self.is_held_up) or not wait_for_lock(
+            self.fd, patience_s, lambda: int(self._count[0])
+        ):
+            self._given_up_at = self._count[0]
+            raise busy(self._path)
+        self._given_up_at = -1
+
+
+def wait_for_lock(fd: int, patience_s: float, progress: Callable[[], int] = int) -> bool:
+    """Take the lock on byte 0; False if ``progress`` stays the same for ``patience_s``."""
+    now = time.monotonic()
+    last, seen_at, seen = now + PATIENT_SECONDS, now, progress()
+    pause_s = 0.0
+    while not try_lock(fd, 0):
+        now = time.monotonic()
+        if seen != progress():
+            seen, seen_at = progress(), now
+        if now - seen_at > patience_s or now > last:
+            return False
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 2 + 2e-5, LONGEST_PAUSE_SECONDS)
+    return True
+
+
+def busy(path: Path) -> LedgerBusy:
+    return LedgerBusy(
+        f"Another process does not let go of the ledger {path}; let it go on if it is stopped "
+        "(kill -CONT), or end it."
+    )
 
 
 def _open_to_others(status: os.stat_result) -> bool:

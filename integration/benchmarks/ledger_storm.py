@@ -29,7 +29,7 @@ from pathlib import Path
 from types import TracebackType
 
 from integration.gpu.record import MemorySampler, facts, write_json
-from kvcached_vmm.errors import LedgerError
+from kvcached_vmm.errors import LedgerBusy, LedgerError
 from kvcached_vmm.ledger import Account, Ledger
 from kvcached_vmm.records import FILE_BYTES, NO_LIMIT, LedgerView
 from kvcached_vmm.units import GIB, MIB
@@ -141,6 +141,7 @@ class Engine:
 
         class Checked(type(writing)):  # type: ignore[misc]
             def __enter__(self) -> None:
+                self.patiently()  # there are more processes than cores, and all want the lock
                 super().__enter__()
                 engine.notes.writing = 1
 
@@ -231,12 +232,18 @@ class Engine:
         wanted = self.chance.choice([0, 0, self.some(BUDGET_BYTES)])
         self.account.report(live, 0, wanted, idle_bytes=self.some(self.notes.committed - live))
         if self.account.others_wait():
-            self.account.fair_share_bytes()
+            with contextlib.suppress(LedgerBusy):  # somebody lost its core with the lock held
+                self.account.fair_share_bytes()
 
     def look(self) -> None:
         """See whether our record is as we know it; change somebody's terms."""
-        view = self.account.view()
         notes, chance = self.notes, self.chance
+        if self.account.is_late:
+            return
+        try:
+            view = self.account.view()
+        except LedgerBusy:
+            return
         own = next(each for each in view.accounts if each.slot == self.account.slot)
         notes.differences += (own.committed_bytes, own.reserved_bytes) != (
             notes.committed,
@@ -256,6 +263,8 @@ class Engine:
 def _work(directory: Path, index: int, notes: Notes, seed: str) -> None:
     engine = Engine(directory, index, notes, random.Random(seed))
     engine.run()
+    while engine.account.is_late:  # somebody else had lost its core with the lock held
+        engine.account.report(0, 0)
     notes.finished = 1
     while not notes.order_to_leave:
         time.sleep(0.01)
@@ -301,7 +310,8 @@ class Storm:
     def rage(self, operations: int) -> None:
         next_kill = 0.0
         while self._sum("operations") < operations and not self._deaths:
-            self._look()
+            with contextlib.suppress(LedgerBusy):
+                self._look()
             self._replace_the_dead()
             if time.monotonic() > next_kill:
                 self._kill(self._chance.randrange(len(self._processes)))
