@@ -100,8 +100,8 @@ def test_the_longest_wait_for_a_token_beside_a_moment() -> None:
     reply = Reply(10.0, 1.0, [0.1, 0.5, 0.1], 4, None)
     assert longest_gap_s([reply], 11.05, 11.06) == pytest.approx(0.1)
     assert longest_gap_s([reply], 11.3, 11.4) == pytest.approx(0.5)
-    assert longest_gap_s([reply], 12.0, 13.0) == 0
-    assert longest_gap_s([], 0, 1) == 0
+    assert longest_gap_s([reply], 12.0, 13.0) is None
+    assert longest_gap_s([], 0, 1) is None
 
 
 def test_ratios_compare_what_both_arms_have() -> None:

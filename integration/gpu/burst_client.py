@@ -79,7 +79,8 @@ class Player:
 
         tasks: set[asyncio.Task[None]] = set()
         seen: set[Path] = set()
-        connections = aiohttp.TCPConnector(limit=0, force_close=False)
+        # A server drops a connection that was idle for 5 s, maybe just as it is used again.
+        connections = aiohttp.TCPConnector(limit=0, force_close=True)
         timeout = aiohttp.ClientTimeout(total=600)
         async with aiohttp.ClientSession(connector=connections, timeout=timeout) as session:
             self._session = session

@@ -128,15 +128,15 @@ def figures(replies: Sequence[Reply], load: Load, began: float) -> Json:
     }
 
 
-def longest_gap_s(replies: Sequence[Reply], begin: float, end: float) -> float:
+def longest_gap_s(replies: Sequence[Reply], begin: float, end: float) -> float | None:
     """The longest that any request waited for its next token, of the waits that touch a moment
-    between ``begin`` and ``end``; 0 if nothing ran."""
-    longest = 0.0
+    between ``begin`` and ``end``; None if there was none."""
+    longest = None
     for reply in replies:
         times = reply.token_times()
         for before, after in itertools.pairwise(times):
             if before <= end and after >= begin:
-                longest = max(longest, after - before)
+                longest = max(longest or 0.0, after - before)
     return longest
 
 

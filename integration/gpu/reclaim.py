@@ -39,6 +39,8 @@ BUSY_MS = 10.0
 """Request to grant of 1 GiB from a busy peer: one step of its, and this."""
 SETTLE_S = 1.0
 """After a fill: memory without content is given back, and the engine is quiet."""
+AFTERMATH_S = 0.2
+"""From a grant to a look at what the peer gave beyond it: releases that were under way are done."""
 SMALL = {
     "sizes": [64 << 20, 256 << 20],
     "rounds": [3, 2],
@@ -85,6 +87,8 @@ class Probe:
             short = self._commit(extents)
             commit_s = time.perf_counter() - before
             account.commit(size_bytes, size_bytes)
+            time.sleep(AFTERMATH_S)
+            too_much = account.view().free_bytes
             arena.decommit(extents)
             account.release(size_bytes)
         finally:
@@ -94,6 +98,7 @@ class Probe:
             "grant_s": grant_s,
             "commit_s": commit_s,
             "driver_was_short": short,
+            "given_beyond_gib": gib(too_much),
             "free_taken_before_gib": gib(ballast),
             "peer_cached_gib": gib(peer.cached_bytes),
             "peer_idle_gib": gib(peer.idle_bytes),
@@ -197,9 +202,9 @@ class Reclaim:
             label, load = f"fill-{self._orders}", fill._replace(requests=count)
             seeds = {PEER: 10_000 + self._orders}
             began, replies = self.house.play(label, load, seeds, run.deadline)
-            failed = figures(replies[PEER], load, began)["failed"]
-            if failed:
-                run.note(f"{label}: {failed} requests failed")
+            told = figures(replies[PEER], load, began)
+            if told["failed"]:
+                run.note(f"{label}: {told['failed']} requests failed: {told['errors']}")
             time.sleep(0.1)
         time.sleep(SETTLE_S)
 
@@ -221,9 +226,9 @@ class Reclaim:
             while not client.done(label) and time.time() < until:
                 time.sleep(0.05)
             replies += client.replies(label)
-            failed = sum(1 for each in replies if each.error)
-            if failed or not replies:
-                self.run.note(f"{label}: {failed} of {len(replies)} requests failed")
+            errors = [each.error for each in replies if each.error]
+            if errors or not replies:
+                self.run.note(f"{label}: {len(errors)} of {len(replies)} failed: {errors[:3]}")
 
     def save(self) -> None:
         self.run.save({**self.found, "goals": goals(self.found)})
@@ -239,9 +244,10 @@ def figure(taken: Sequence[Json], load: Sequence[Reply]) -> Json:
     }
     if load:
         found["step_ms"] = spread_ms(gap for reply in load for gap in reply.gaps_s if gap > 1e-4)
-        found["longest_step_beside_ms"] = spread_ms(
+        beside = (
             longest_gap_s(load, each["began"], each["began"] + each["grant_s"]) for each in taken
         )
+        found["longest_step_beside_ms"] = spread_ms(gap for gap in beside if gap is not None)
     return found
 
 
