@@ -237,7 +237,7 @@ def device_kv_peak_gib(marks: Sequence[Json], memory: Json) -> float | None:
     if warm is None or not memory:
         return None
     held = sum(each["used"] for each in warm["ledger"].values())
-    return round(memory["max"] - warm["device_gib"] + held, 3)
+    return float(round(memory["max"] - warm["device_gib"] + held, 3))
 
 
 def passed(found: Json) -> bool:
@@ -269,6 +269,9 @@ class Comparison:
 
     def keep(self, arm: Arm) -> None:
         self.arms[arm.name] = arm.result()
+        self.save()
+
+    def save(self) -> None:
         self.run.save({"caveats": CAVEATS, **self.summary(), "arms": self.arms})
 
     def summary(self) -> Json:
@@ -297,7 +300,7 @@ def main() -> int:
     finally:
         stop_all()
         run.sampler.stop()
-        run.attempt("the last save", lambda: run.save({**both.summary(), "arms": both.arms}))
+        run.attempt("the last save", both.save)
         print(json.dumps(both.summary(), indent=1))
         print(f"ended after {time.time() - o.started:.1f} s, logs in {run.work}")
     return 0 if passed(both.summary()["checks"]) and not run.notes else 1
