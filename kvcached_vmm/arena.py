@@ -28,14 +28,23 @@ class Arena:
         self._footprint = Footprint(extents)
         self._stray: dict[int, int] = {}
         self._unreleased: list[tuple[Any, int]] = []
+        self._spare: list[tuple[Any, int]] = []
+        """Handles that were not released and are mapped nowhere: good for another piece."""
+        self._level = logging.WARNING
         self._lock = threading.RLock()
         self.base = driver.reserve(self.size_bytes)
 
     @property
     def committed_bytes(self) -> int:
         """Bytes that the driver holds for this arena, counting what it refused to take back."""
-        held = sum(size for _, size in self._unreleased)
-        return self._footprint.bytes + sum(self._stray.values()) + held
+        return self._footprint.bytes + self.kept_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that the driver refused to take back so far."""
+        with self._lock:
+            held = sum(size for _, size in (*self._unreleased, *self._spare))
+            return sum(self._stray.values()) + held
 
     @property
     def committed(self) -> frozenset[int]:
@@ -102,11 +111,18 @@ class Arena:
                         self._take_away(piece)
             return before - self.committed_bytes
 
+    def retry(self) -> int:
+        """Try again to give back what the driver refused to take; returns the bytes that it still
+        keeps."""
+        with self._lock:
+            self._sweep()
+            return self.kept_bytes
+
     def close(self) -> None:
         """Release everything, the addresses too."""
         self.decommit(self.committed)
         with self._lock:
-            if self._stray or self._unreleased:
+            if self.kept_bytes:
                 raise DriverError(
                     "close", f"{self.committed_bytes} bytes cannot be unmapped or released"
                 )
@@ -121,41 +137,58 @@ class Arena:
             assert not self._stray.keys() & {piece.offset for piece in pieces}
 
     def _place(self, piece: Piece) -> None:
-        handle = self.driver.create(piece.size)
+        handle = self._handle(piece.size)
         try:
             self.driver.map(self.base + piece.offset, piece.size, handle)
         except DriverError:
-            self._release(handle, piece.size)
+            self._release(handle, piece.size, self._spare)
             raise
-        if not self._release(handle, piece.size):
-            self._take_away(piece)
+        if not self._release(handle, piece.size, self._unreleased):
+            if self._take_away(piece):
+                self._spare.append(self._unreleased.pop())
             raise DriverError("release", "the driver kept a handle; it will be released later")
 
-    def _release(self, handle: Any, size: int) -> bool:
+    def _handle(self, size: int) -> Any:
+        """Memory for a piece. What could not be released is used first: a driver that refuses for
+        long would else hold more with every attempt."""
+        for index, (handle, its_size) in enumerate(self._spare):
+            if its_size == size:
+                del self._spare[index]
+                return handle
+        return self.driver.create(size)
+
+    def _release(self, handle: Any, size: int, kept: list[tuple[Any, int]]) -> bool:
         try:
             self.driver.release(handle)
         except DriverError as error:
-            logger.warning("kvcached: a handle could not be released, will try again: %s", error)
-            self._unreleased.append((handle, size))
+            message = "kvcached: a handle could not be released, will try again: %s"
+            logger.log(self._level, message, error)
+            kept.append((handle, size))
             return False
         return True
 
-    def _take_away(self, piece: Piece) -> None:
+    def _take_away(self, piece: Piece) -> bool:
         try:
             self.driver.unmap(self.base + piece.offset, piece.size)
         except DriverError as error:
-            logger.warning("kvcached: an extent could not be unmapped, will try again: %s", error)
+            message = "kvcached: an extent could not be unmapped, will try again: %s"
+            logger.log(self._level, message, error)
             self._stray[piece.offset] = piece.size
+            return False
+        return True
 
     def _sweep(self) -> None:
-        if not self._stray and not self._unreleased:
+        if not (self._stray or self._unreleased or self._spare):
             return
-        unreleased, self._unreleased = self._unreleased, []
-        for handle, size in unreleased:
-            self._release(handle, size)
+        self._level = logging.DEBUG
+        for kept in (self._unreleased, self._spare):
+            held, kept[:] = kept[:], []
+            for handle, size in held:
+                self._release(handle, size, kept)
         strays, self._stray = self._stray, {}
         for piece in strays.items():
             self._take_away(Piece(*piece))
+        self._level = logging.WARNING
 
 
 def _runs(pieces: Iterable[Piece]) -> Iterator[Piece]:

@@ -182,7 +182,10 @@ class HostDriver:
     def memory(self) -> DeviceMemory:
         if self._capacity is not None:
             return DeviceMemory(self._capacity - self._allocated, self._capacity)
-        machine = psutil.virtual_memory()
+        try:
+            machine = psutil.virtual_memory()
+        except OSError as error:
+            raise DriverError("memory", str(error)) from error
         free, total = machine.available, machine.total
         with contextlib.suppress(OSError, ValueError):
             limit = int(_read("/sys/fs/cgroup/memory.max"))

@@ -455,6 +455,12 @@ class Account:
             self._committed -= used_bytes
             self._tell()
 
+    def hold(self, held_bytes: int) -> None:
+        """Say that ``held_bytes`` are in use, whether granted or not: others get less."""
+        with self._ledger._threads:
+            self._committed = held_bytes
+            self._tell()
+
     def fix(self, fixed_bytes: int) -> None:
         """Tell the others how much of the budget weights and activations take, for good."""
         with self._ledger._threads:

@@ -15,6 +15,7 @@ import torch
 
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan, extent_map
+from kvcached_plugins.vllm.leftovers import Leftovers
 from kvcached_plugins.vllm.refusal import Refusal
 from kvcached_vmm.arena import Arena
 from kvcached_vmm.driver import Driver
@@ -95,12 +96,11 @@ class WorkerMemory:
         self._last_mark: Mark | None = None
         self._launched_step = self._done_step = 0
         self.driver_seconds = 0.0
-        self._starting: Account | None = Ledger.open(settings.directory, self.driver.device).join(
-            f"{settings.name or 'vllm'} (starting)",
-            settings.budget_bytes,
-            default_budget_bytes=self.default_budget_bytes,
-        )
-        self._commit({0})
+        self._settings = settings
+        self._leftovers = Leftovers(self.arena, self._lock, lambda: self._join("not given back"))
+        self._starting: Account | None = self._join("starting")
+        with self._using_the_arena():
+            self._commit({0})
 
     def tensor(self, size_bytes: int) -> torch.Tensor:
         """The buffer that vLLM lays its layers out in."""
@@ -109,7 +109,7 @@ class WorkerMemory:
     def before_step(self, scheduler_output: Any) -> None:
         """Make resident every block that the step names, and note what it gives back."""
         orders: Orders | None = getattr(scheduler_output, ATTRIBUTE, None)
-        with self._lock:
+        with self._using_the_arena():
             missing = self.arena.missing(chain.from_iterable(named_blocks(scheduler_output)))
             if missing:
                 self._commit(missing)
@@ -121,7 +121,7 @@ class WorkerMemory:
         orders: Orders | None = getattr(scheduler_output, ATTRIBUTE, None)
         if orders is None:
             return
-        with self._lock:
+        with self._using_the_arena():
             self._launched_step = orders.step
             self._last_mark = self._mark()
             self._release(overdue_step=orders.step - 1)
@@ -131,7 +131,7 @@ class WorkerMemory:
 
     def obey(self, orders: Orders) -> Progress:
         """The engine takes no steps: release what is quiet, without waiting for the device."""
-        with self._lock:
+        with self._using_the_arena():
             self._quarantine.put(orders.step, orders.release)
             self._release(overdue_step=0)
             if self._last_mark is not None and self._last_mark.query():
@@ -140,7 +140,7 @@ class WorkerMemory:
 
     def start(self) -> WorkerReport:
         """Start-up is over: keep the first extent only, and leave the accounts to the engine."""
-        with self._lock:
+        with self._using_the_arena():
             self._mark().synchronize()
             self.arena.decommit(self.arena.committed - {0})
             if self._starting is not None:
@@ -155,21 +155,37 @@ class WorkerMemory:
 
     def sleep(self) -> None:
         """Give everything back; only ``wake`` may follow."""
-        with self._lock:
+        with self._using_the_arena():
             self._mark().synchronize()
             self._release(overdue_step=1 << 62)
             self.arena.decommit(self.arena.committed)
 
     def close(self) -> None:
         """The engine is gone: give the addresses back too."""
-        with self._lock:
+        with self._using_the_arena():
             self.sleep()
-            self.arena.close()
+            with contextlib.suppress(DriverError):  # what it keeps is tried again
+                self.arena.close()
 
     def wake(self) -> None:
         """Back the first extent with memory again."""
-        with self._lock:
+        with self._using_the_arena():
             self._commit({0})
+
+    def _join(self, as_what: str) -> Account:
+        return Ledger.open(self._settings.directory, self.driver.device).join(
+            f"{self._settings.name or 'vllm'} ({as_what})",
+            self._settings.budget_bytes,
+            default_budget_bytes=self.default_budget_bytes,
+        )
+
+    @contextlib.contextmanager
+    def _using_the_arena(self) -> Iterator[None]:
+        with self._lock:
+            try:
+                yield
+            finally:
+                self._leftovers.look()
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
@@ -188,14 +204,17 @@ class WorkerMemory:
     def _commit(self, extents: set[int]) -> None:
         """Commit, waiting for memory that others hold; the process ends if none comes."""
         deadline = time.monotonic() + PATIENCE_SECONDS
-        pause, complained = 0.001, False
+        pause, complained, accounted = 0.001, False, False
         while True:
             try:
-                self._account_for(extents)
+                if not accounted:
+                    self._account_for(extents)
+                    accounted = True
                 with self._timed():
                     self.arena.commit(extents)
                 return
             except DriverError as error:
+                self._leftovers.look()
                 if time.monotonic() > deadline:
                     # vLLM only logs an exception of a worker whose output nobody reads, and the
                     # others would wait for it for ever: end the process.

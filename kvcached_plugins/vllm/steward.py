@@ -24,7 +24,7 @@ from kvcached_plugins.vllm.memory import (
 )
 from kvcached_plugins.vllm.pool import ElasticBlockPool, ElasticFreeQueue
 from kvcached_vmm.driver import Driver
-from kvcached_vmm.errors import EngineUnsupported, KVCachedError
+from kvcached_vmm.errors import DriverError, EngineUnsupported, KVCachedError
 from kvcached_vmm.extents import ExtentMap
 from kvcached_vmm.fence import StepClock
 from kvcached_vmm.host_driver import HostDriver
@@ -247,10 +247,9 @@ class Steward:
         """
         scheduler = self._scheduler
         room = min(scheduler.max_num_running_reqs - len(scheduler.running), QUEUE_LOOK)
-        blocks = sum(
-            -(-request.num_tokens // self._block_tokens)
-            for request in itertools.islice(scheduler.waiting, max(0, room))
-        )
+        # All at once: the engine's main thread adds requests meanwhile.
+        waiting = tuple(itertools.islice(scheduler.waiting, max(0, room)))
+        blocks = sum(-(-request.num_tokens // self._block_tokens) for request in waiting)
         return int(blocks) * self.pool.extents.block_bytes
 
     def _leave(self, step: int, release: Sequence[int], owed: Sequence[int]) -> None:
@@ -317,7 +316,12 @@ class _Recent:
         now = time.monotonic()
         if now - self._asked > FRESH_SECONDS:
             self._asked = now
-            self._free_bytes = self._driver.memory().free_bytes
+            try:
+                self._free_bytes = self._driver.memory().free_bytes
+            except DriverError as error:  # nothing is known to be free: requests wait
+                if self._free_bytes:
+                    logger.warning("kvcached: no memory is granted for now: %s", error)
+                self._free_bytes = 0
         return self._free_bytes
 
 
