@@ -1,0 +1,7 @@
+"""Lets a CUDA build of torchvision be imported beside a CPU build of torch. See README.md."""
+
+import torch
+
+LIBRARY = torch.library.Library("torchvision", "DEF")
+for name in ("nms", "qnms"):
+    LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,0 +1,191 @@
+"""SGLang's KV buffers over an arena: the same code makes them, only their bytes are ours."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from kvcached_plugins.settings import Settings
+from kvcached_plugins.sglang.allocators import ATTRIBUTE
+from kvcached_plugins.sglang.budget import ExtentBudget
+from kvcached_plugins.sglang.memory import PoolMemory, device_driver
+from kvcached_plugins.vllm.refusal import Refusal
+from kvcached_vmm.arena import Arena
+from kvcached_vmm.driver import Driver
+from kvcached_vmm.errors import EngineUnsupported, KVCachedError
+from kvcached_vmm.extents import EXTENT_BYTES, ExtentMap, Region, blocks_per_extent
+from kvcached_vmm.tensors import arena_tensor
+from kvcached_vmm.units import ceil_to, format_size
+
+EXTENTS_PER_BUDGET = 64
+"""A small budget gets small extents, so that an idle engine never holds much of it."""
+
+GPU_SHARE = 0.92
+"""Of a GPU's memory, what engines share if nobody says; the rest is for fragmentation and for what
+no profile sees."""
+
+
+class Buffer(NamedTuple):
+    """A tensor that SGLang asked for with ``torch.zeros``."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _Torch:
+    """The torch module for ``_create_buffers``, with ``zeros`` of our own."""
+
+    def __init__(self, zeros: Callable[[Buffer], torch.Tensor]) -> None:
+        self._zeros = zeros
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def zeros(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: Any) -> torch.Tensor:
+        return self._zeros(Buffer(tuple(shape), dtype))
+
+
+def create_buffers(original: Callable[[Any], None], pool: Any) -> None:
+    """Make the buffers of a pool: once to learn their shapes, once over the arena."""
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+
+    if type(pool) not in (MHATokenToKVPool, MLATokenToKVPool):
+        original(pool)
+        return
+    asked: list[Buffer] = []
+
+    def record(buffer: Buffer) -> torch.Tensor:
+        asked.append(buffer)
+        return torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
+
+    with_torch(original, pool, record)
+    try:
+        memory = _memory(pool, asked)
+    except KVCachedError as error:
+        raise Refusal(str(error)) from error
+    setattr(pool, ATTRIBUTE, memory)
+    whole = arena_tensor(memory.arena, memory.arena.size_bytes, memory.device)
+    offsets = iter(_offsets(asked, memory.arena.extents.granularity))
+
+    def place(buffer: Buffer) -> torch.Tensor:
+        start = next(offsets)
+        view = whole[start : start + buffer.size_bytes].view(buffer.dtype)
+        return view.view(buffer.shape)
+
+    with_torch(original, pool, place)
+    _check_placed(pool, memory.arena)
+
+
+def with_torch(
+    original: Callable[[Any], None], pool: Any, zeros: Callable[[Buffer], torch.Tensor]
+) -> None:
+    """Run ``original`` while its module's ``torch.zeros`` is ``zeros``."""
+    namespace: dict[str, Any] = inspect.unwrap(original).__globals__
+    namespace["torch"] = _Torch(zeros)
+    try:
+        original(pool)
+    finally:
+        namespace["torch"] = torch
+
+
+def regions(asked: list[Buffer], num_blocks: int, granularity: int) -> list[Region]:
+    """Where pages lie when ``asked`` are placed one after the other, each on a granule.
+
+    A buffer holds all pages in order, or (SGLang 0.5.23) twice all pages, keys before values.
+
+    Raises:
+        EngineUnsupported: a buffer is not made of ``num_blocks`` equal parts.
+    """
+    found = []
+    for offset, buffer in zip(_offsets(asked, granularity), asked, strict=True):
+        parts = 2 if buffer.shape[0] == 2 and len(buffer.shape) > 3 else 1
+        stride, rest = divmod(buffer.size_bytes, parts * num_blocks)
+        if rest or buffer.shape[parts - 1] % num_blocks:
+            raise EngineUnsupported(
+                f"SGLang keeps this model's KV cache in buffers of shape {buffer.shape}, which "
+                f"{num_blocks} pages do not divide; unset ENABLE_KVCACHED to run it."
+            )
+        found += [Region(offset + part * num_blocks * stride, stride) for part in range(parts)]
+    return found
+
+
+def _offsets(asked: list[Buffer], granularity: int) -> Iterator[int]:
+    offset = 0
+    for buffer in asked:
+        yield offset
+        offset = ceil_to(offset + buffer.size_bytes, granularity)
+
+
+def _memory(pool: Any, asked: list[Buffer]) -> PoolMemory:
+    settings = Settings.read()
+    device = torch.device(pool.device)
+    driver = device_driver(device)
+    if not asked:
+        raise EngineUnsupported(
+            "SGLang makes this model's KV cache in a way that an elastic cache cannot follow; "
+            "unset ENABLE_KVCACHED to run it."
+        )
+    num_blocks = pool.size // pool.page_size + 1
+    places = regions(asked, num_blocks, driver.granularity)
+    limit = min(
+        limit
+        for limit in (
+            settings.budget_bytes,
+            settings.maximum_bytes,
+            sum(buffer.size_bytes for buffer in asked),
+        )
+        if limit is not None
+    )
+    target = settings.extent_bytes or min(EXTENT_BYTES, limit // EXTENTS_PER_BUDGET)
+    span = blocks_per_extent(
+        places, driver.granularity, ceil_to(max(target, 1), driver.granularity)
+    )
+    extents = ExtentMap(num_blocks, places, driver.granularity, min(span, num_blocks))
+    budget = ExtentBudget.join(
+        settings,
+        driver.device,
+        engine_name(settings),
+        default_budget(device, driver),
+        extents.largest_bytes,
+        lambda: driver.memory().free_bytes,
+    )
+    if budget.limit_bytes < extents.largest_bytes:
+        raise EngineUnsupported(
+            f"This engine may use {format_size(budget.limit_bytes)} for its KV cache, which is "
+            f"less than one extent of {format_size(extents.largest_bytes)}; raise KVCACHED_BUDGET "
+            "or KVCACHED_MAX, or unset ENABLE_KVCACHED."
+        )
+    return PoolMemory(Arena(driver, extents), budget, device)
+
+
+def engine_name(settings: Settings) -> str:
+    """How tools call this process: the engine's name, and its rank if there are several."""
+    from sglang.srt.distributed import parallel_state
+
+    name, rank, size = settings.name or "sglang", 0, 1
+    if parallel_state.model_parallel_is_initialized():
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        size = parallel_state.get_tensor_model_parallel_world_size()
+    return f"{name} rank {rank}" if size > 1 else name
+
+
+def default_budget(device: torch.device, driver: Driver) -> int:
+    """What engines share if nobody says: most of the GPU, or half of the host's memory."""
+    total = driver.memory().total_bytes
+    return int(total * GPU_SHARE) if device.type == "cuda" else total // 2
+
+
+def _check_placed(pool: Any, arena: Arena) -> None:
+    names = ("k_buffer", "v_buffer", "kv_buffer")
+    placed = [tensor for name in names for tensor in getattr(pool, name, None) or ()]
+    inside = range(arena.base, arena.base + arena.size_bytes)
+    if not placed or not all(tensor.data_ptr() in inside for tensor in placed):
+        raise Refusal("SGLang did not lay its KV cache out over the arena; unset ENABLE_KVCACHED.")

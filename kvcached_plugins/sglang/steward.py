@@ -1,0 +1,310 @@
+"""One steward per scheduler ties SGLang's allocator, the ledger and the prefix cache together."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+from kvcached_plugins.settings import Settings
+from kvcached_plugins.sglang.allocators import ElasticPages
+from kvcached_plugins.sglang.memory import PoolMemory
+from kvcached_vmm.units import format_size
+
+logger = logging.getLogger("sglang.kvcached")
+
+LOOK_SECONDS = 0.05
+"""How often we look for what may be given back, and whether another engine waits for memory."""
+
+LOOK_ROUNDS = 16
+"""The same for ranks that must look in the same round; an idle SGLang makes thousands a second."""
+
+RELEASE_BATCH = 4
+"""Extents given back at a time beside running requests: a driver call takes up to 0.2 ms while
+kernels run (H200), and an extent is one mapping per layer and buffer."""
+
+RESERVE_EXTENTS = 1
+"""Committed beside a running batch, so that the next one finds memory there."""
+
+STARVED_SECONDS = 1.0
+"""How long a batch that cannot go on at all waits for others' memory before SGLang retracts or, if
+one request is left, aborts it."""
+
+
+class Agreement:
+    """The least of each number over the ranks of ``group``; what is given if there is but one."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self.ranks = int(torch.distributed.get_world_size(group))
+
+    def __call__(self, *values: int) -> list[int]:
+        if self.ranks == 1:
+            return list(values)
+        least = torch.tensor(values, dtype=torch.int64)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=self._group)
+        return [int(value) for value in least.tolist()]
+
+
+class Steward:
+    """Runs the elastic cache of one scheduler, on the thread of that scheduler.
+
+    Ranks of one tensor-parallel group replay the same decisions. Whatever may differ between them
+    (clocks, ledgers, drivers) goes through ``agree`` at moments that all of them reach.
+
+    Args:
+        scheduler: SGLang's, complete.
+        settings: what the user wants.
+        agree: the least of each number over all ranks.
+    """
+
+    def __init__(self, scheduler: Any, settings: Settings, agree: Agreement) -> None:
+        self._scheduler = scheduler
+        self._settings = settings
+        self._agree = agree
+        self.allocator: ElasticPages = scheduler.token_to_kv_pool_allocator
+        memory = self.allocator.memory
+        assert memory is not None
+        self.memory: PoolMemory = memory
+        self.page_bytes = memory.arena.extents.block_bytes
+        self._reserve = RESERVE_EXTENTS
+        if settings.reserve_bytes is not None:
+            self._reserve = settings.reserve_bytes // memory.budget.extent_bytes
+        self._rounds = itertools.count(1)
+        self._next_look = 0.0
+        self._active_at = 0.0
+        self._wanted_pages = 0
+        self._asleep = False
+        memory.settle()
+        [memory.book.room] = agree(memory.budget.room())
+
+    def begin_round(self) -> None:
+        """SGLang is about to choose a batch: get grants for whatever it may allocate in it."""
+        self._tick()
+        pages = self._demand_pages()
+        short = pages - len(self.allocator.free_pages)
+        if not pages:
+            self._wanted_pages = 0
+            return
+        self._reserve_for(short)
+        if self._starved():
+            deadline = itertools.count()
+            while self._starved() and next(deadline) < STARVED_SECONDS / 0.01:
+                self._report()
+                time.sleep(0.01)
+                self._reserve_for(max(1, short))
+        running = self._scheduler.running_batch
+        if running.is_empty() or self._wanted_pages == 0:
+            # SGLang thinks that a batch stays full until one of its requests ends; here room may
+            # also come from a neighbour, even when no request runs.
+            running.batch_is_full = False
+
+    def end_round(self) -> None:
+        """The batch is chosen and its pages are allocated."""
+        if self.memory.book.credit:
+            self.memory.settle()
+
+    def launched(self) -> None:
+        """A batch is on its way: commit ahead of need what the next one may want."""
+        memory = self.memory
+        missing = self._reserve - len(memory.book.idle_extents)
+        if missing > 0 and memory.book.room >= missing and not self._others_wait:
+            [granted] = self._agree(memory.budget.reserve(missing))
+            memory.book.credit = granted
+            memory.book.room -= granted
+            if granted:
+                self.allocator.gain(memory.grow(granted))
+
+    def flushed(self) -> None:
+        """SGLang has forgotten all that it cached: give it back now."""
+        memory = self.memory
+        self.allocator.cut(memory.leave(len(memory.book.idle_extents)))
+        memory.collect(wait=True)
+        self._report()
+
+    def sleep(self) -> None:
+        """Take the KV cache to zero bytes; no request may be there."""
+        self.memory.sleep()
+        self.allocator.free_pages = self.allocator.free_pages[:0]
+        self._asleep = True
+        self._report()
+
+    def wake(self) -> None:
+        """Back the sink with memory again; the rest comes when it is needed."""
+        if self._asleep:
+            self._asleep = False
+            if 0 not in self.memory.arena:
+                self.allocator.gain(self.memory.grow(1))
+            self._report()
+
+    def withheld_tokens(self) -> int:
+        """Tokens' worth of pages that are neither in use nor available."""
+        return self.memory.book.withheld_pages * int(self.allocator.page_size)
+
+    def numbers(self) -> dict[str, int]:
+        """What tools may want to know, in bytes and pages."""
+        memory = self.memory
+        free = len(self.allocator.free_pages)
+        return {
+            "virtual_bytes": memory.arena.size_bytes,
+            "committed_bytes": memory.arena.committed_bytes,
+            "limit_bytes": memory.budget.limit_bytes,
+            "extent_bytes": memory.budget.extent_bytes,
+            "live_bytes": self._live_bytes(),
+            "cached_bytes": self._cached_bytes(),
+            "free_pages": free,
+            "withheld_pages": memory.book.withheld_pages,
+        }
+
+    def clamp_request_length(self) -> None:
+        """Keep requests to what the limit holds in whole extents, beside the sink.
+
+        SGLang rejects a longer prompt and shortens a longer answer, as for a small pool.
+        """
+        memory, scheduler = self.memory, self._scheduler
+        extents = memory.budget.limit_bytes // memory.budget.extent_bytes
+        pages = min(extents * memory.arena.extents.blocks_per_extent, memory.book.total_pages + 1)
+        tokens = (pages - 2) * int(self.allocator.page_size)
+        if tokens < scheduler.max_req_len:
+            logger.warning(
+                "kvcached: a request may have %d tokens, for %s hold no more; raise KVCACHED_BUDGET"
+                " or KVCACHED_MAX for longer ones",
+                tokens,
+                format_size(memory.budget.limit_bytes),
+            )
+            scheduler.max_req_input_len -= scheduler.max_req_len - tokens
+            scheduler.max_req_len = tokens
+
+    @property
+    def _others_wait(self) -> bool:
+        return self._pressure > 0
+
+    _pressure = 0
+
+    def _reserve_for(self, short_pages: int) -> None:
+        book, budget = self.memory.book, self.memory.budget
+        wanted = book.extents_for(short_pages) - book.credit
+        if wanted <= 0:
+            self._wanted_pages = 0
+            return
+        granted, room = budget.reserve(wanted), budget.room()
+        agreed, book.room = self._agree(granted, room)
+        budget.cancel(granted - agreed)
+        book.credit += agreed
+        available = len(self.allocator.free_pages) + book.promised_pages
+        lacking = short_pages + len(self.allocator.free_pages) - available
+        self._wanted_pages = max(0, lacking - self._evictable_pages())
+
+    def _starved(self) -> bool:
+        """Whether requests run and not one page can be had for them."""
+        return (
+            not self._scheduler.running_batch.is_empty()
+            and not len(self.allocator.free_pages)
+            and not self.memory.book.promised_pages
+            and not self._evictable_pages()
+        )
+
+    def _tick(self) -> None:
+        """Look for what may be given back, now and then."""
+        now = time.monotonic()
+        if self._agree.ranks > 1:
+            if next(self._rounds) % LOOK_ROUNDS:
+                return
+        elif now < self._next_look:
+            return
+        self._next_look = now + LOOK_SECONDS
+        memory, allocator = self.memory, self.allocator
+        in_step = self._agree.ranks > 1
+        now_us, room, lessened = self._agree(
+            int(now * 1e6), memory.budget.room(), -memory.budget.pressure_bytes()
+        )
+        memory.collect(wait=in_step)
+        memory.book.room = room
+        self._pressure = 0 if self._wanted_pages else -lessened
+        now = now_us / 1e6
+        allocator.find(now, wait=in_step)
+        idle = self._is_idle()
+        if not idle:
+            self._active_at = now
+        self._give_back(now, idle)
+        if allocator.unsorted:
+            allocator.sort()
+            if memory.device.type == "cpu":
+                allocator.find(now)
+        self._report()
+
+    def _give_back(self, now: float, idle: bool) -> None:
+        memory, settings = self.memory, self._settings
+        bytes_each = memory.budget.extent_bytes
+        if self._pressure:
+            count = min(-(-self._pressure // bytes_each), len(memory.book.idle_extents))
+        else:
+            keep = 0 if idle else self._reserve
+            count = memory.book.due(now, settings.decay_seconds, keep)
+            count = count if idle else min(count, RELEASE_BATCH)
+        self.allocator.cut(memory.leave(count))
+        cached = self._cached_bytes()
+        surplus = 0
+        if self._pressure:
+            surplus = self._pressure - memory.leaving * bytes_each
+        elif idle and now - self._active_at >= settings.cache_seconds:
+            surplus = cached
+        if settings.cache_bytes is not None:
+            surplus = max(surplus, cached - settings.cache_bytes)
+        if surplus > 0 and cached:
+            tokens = -(-surplus // self.page_bytes) * int(self.allocator.page_size)
+            self._scheduler.tree_cache.evict(EvictParams(num_tokens=tokens))
+
+    def _demand_pages(self) -> int:
+        """Pages that SGLang may allocate in one round, at most; 0 when there is nothing to run.
+
+        A prefill is bounded by its chunk, or by the prefill budget and one request beyond it;
+        every running request may need one more page.
+        """
+        scheduler = self._scheduler
+        page = int(self.allocator.page_size)
+        last = scheduler.last_batch
+        running = scheduler.running_batch.batch_size() + (last.batch_size() if last else 0)
+        waiting = scheduler.waiting_queue
+        if not running and not waiting and scheduler.chunked_req is None:
+            return 0
+        bound = scheduler.chunked_prefill_size
+        if bound is None:
+            bound = scheduler.max_prefill_tokens + scheduler.max_req_len
+        tokens = bound if scheduler.chunked_req is not None else 0
+        requests = running
+        for request in waiting:
+            if tokens >= bound:
+                break
+            tokens += len(request.origin_input_ids) + len(request.output_ids)
+            requests += 1
+        return -(-min(tokens, bound) // page) + requests
+
+    def _is_idle(self) -> bool:
+        scheduler = self._scheduler
+        return bool(
+            scheduler.running_batch.is_empty()
+            and not scheduler.waiting_queue
+            and scheduler.chunked_req is None
+            and not scheduler.last_batch
+        )
+
+    def _evictable_pages(self) -> int:
+        return int(self._scheduler.tree_cache.evictable_size()) // int(self.allocator.page_size)
+
+    def _cached_bytes(self) -> int:
+        return self._evictable_pages() * self.page_bytes
+
+    def _live_bytes(self) -> int:
+        used = self.memory.book.live_pages(len(self.allocator.free_pages))
+        return used * self.page_bytes - self._cached_bytes()
+
+    def _report(self) -> None:
+        wanted = self.memory.book.extents_for(self._wanted_pages)
+        self.memory.budget.report(
+            self._live_bytes(), self._cached_bytes(), wanted * self.memory.budget.extent_bytes
+        )
