@@ -145,9 +145,8 @@ class Driver:
         self.scheduler.process_input_requests([request])
 
     def _make(self, arguments: dict[str, Any]) -> Any:
-        from sglang.srt.plugins import load_plugins
-
         import sglang.srt.managers.scheduler as module
+        from sglang.srt.plugins import load_plugins
 
         load_plugins()
         from sglang.srt.runtime_context import publish

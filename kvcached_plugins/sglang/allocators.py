@@ -6,7 +6,7 @@ list before they are taken, and that those of extents without memory are not.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
@@ -15,21 +15,23 @@ from sglang.srt.utils import get_num_new_pages
 from kvcached_plugins.sglang.memory import PoolMemory
 from kvcached_vmm.fence import Mark
 
-if TYPE_CHECKING:
-    _Base = Any
-else:
-    _Base = object
-
 ATTRIBUTE = "kvcached"
 """Name under which a pool's memory hangs on SGLang's pool of buffers."""
 
 
-class ElasticPages(_Base):
+class ElasticPages:
     """What both allocators have in common. Stock behaviour over a pool that is not elastic.
 
     The free list holds pages with memory only; ``available_size`` adds those that could have it.
     """
 
+    free_pages: torch.Tensor
+    page_size: int
+    device: Any
+    steward: Any = None
+    """What looks after the pool, once SGLang's scheduler is complete."""
+
+    _kvcache: Any
     _look: tuple[torch.Tensor, Mark] | None = None
     _known = 0
     """Length of the free list after we last saw it taken from, lengthened or cut."""
@@ -43,13 +45,13 @@ class ElasticPages(_Base):
         return found
 
     def available_size(self) -> int:
-        size = int(super().available_size())
+        size = int(super().available_size())  # type: ignore[misc]
         if self.memory is not None:
             size += self.memory.book.promised_pages * self.page_size
         return size
 
     def clear(self) -> None:
-        super().clear()
+        super().clear()  # type: ignore[misc]
         if self.memory is not None:
             self.free_pages = self.free_pages[:0]
             resident = self.memory.book.cleared(now=0.0)

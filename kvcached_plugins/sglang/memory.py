@@ -1,4 +1,4 @@
-"""The memory behind SGLang's KV pool: an arena, who may use how much of it, and when it is quiet."""
+"""The memory behind SGLang's KV pool: an arena, its budget, and what is about to leave it."""
 
 from __future__ import annotations
 

@@ -185,8 +185,8 @@ class PageBook:
         assert sorted(self._empty) == [e for e, s in enumerate(self._state) if s == EMPTY]
         end = [page for extent in reversed(self._idle) for page in self.pages(extent)]
         assert not end or list(free_pages[-len(end) :]) == end, "idle extents are elsewhere"
-        assert 0 <= self.withheld_pages
-        assert 0 <= self.live_pages(len(free_pages))
+        assert self.withheld_pages >= 0
+        assert self.live_pages(len(free_pages)) >= 0
 
     def _count_idle(self) -> None:
         self._idle_pages = sum(len(self.pages(extent)) for extent in self._idle)
@@ -201,4 +201,3 @@ class PageBook:
         if count and count == len(self._empty) and self._state[last] == EMPTY:
             pages -= self._span - len(self.extents.blocks(last))
         return pages
-

@@ -37,7 +37,7 @@ class Buffer(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * int(self.dtype.itemsize)
 
 
 class _Torch:
@@ -135,6 +135,11 @@ def _memory(pool: Any, asked: list[Buffer]) -> PoolMemory:
         )
     num_blocks = pool.size // pool.page_size + 1
     places = regions(asked, num_blocks, driver.granularity)
+    if any(place.stride_bytes * num_blocks < driver.granularity for place in places):
+        raise EngineUnsupported(
+            f"A KV cache of {pool.size} tokens is smaller than the smallest piece of memory that "
+            "can be mapped in every layer; raise --max-total-tokens, or unset ENABLE_KVCACHED."
+        )
     limit = min(
         limit
         for limit in (

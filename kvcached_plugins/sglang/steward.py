@@ -13,9 +13,13 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.sglang.allocators import ElasticPages
 from kvcached_plugins.sglang.memory import PoolMemory
-from kvcached_vmm.units import format_size
+from kvcached_vmm.units import GIB, format_size
 
 logger = logging.getLogger("sglang.kvcached")
+
+CONTEXT_BYTES = GIB
+"""CUDA context, libraries and graphs of one engine, which torch does not count (H200: 0.8 to 1.3
+GiB)."""
 
 LOOK_SECONDS = 0.05
 """How often we look for what may be given back, and whether another engine waits for memory."""
@@ -29,6 +33,9 @@ kernels run (H200), and an extent is one mapping per layer and buffer."""
 
 RESERVE_EXTENTS = 1
 """Committed beside a running batch, so that the next one finds memory there."""
+
+POLL_SECONDS = 0.01
+"""How often a batch that cannot go on asks again."""
 
 STARVED_SECONDS = 1.0
 """How long a batch that cannot go on at all waits for others' memory before SGLang retracts or, if
@@ -78,30 +85,41 @@ class Steward:
         self._next_look = 0.0
         self._active_at = 0.0
         self._wanted_pages = 0
+        self._spare_before = 0
+        self._pressure = 0
         self._asleep = False
-        memory.settle()
+        if memory.device.type == "cuda":
+            memory.budget.fix(torch.cuda.memory_reserved(memory.device) + CONTEXT_BYTES)
         [memory.book.room] = agree(memory.budget.room())
+        logger.info(
+            "kvcached: elastic cache: %s virtual, %d pages, extents of %s, up to %s",
+            format_size(memory.arena.size_bytes),
+            memory.book.total_pages,
+            format_size(memory.budget.extent_bytes),
+            format_size(memory.budget.limit_bytes),
+        )
 
     def begin_round(self) -> None:
         """SGLang is about to choose a batch: get grants for whatever it may allocate in it."""
         self._tick()
         pages = self._demand_pages()
-        short = pages - len(self.allocator.free_pages)
         if not pages:
             self._wanted_pages = 0
             return
-        self._reserve_for(short)
-        if self._starved():
-            deadline = itertools.count()
-            while self._starved() and next(deadline) < STARVED_SECONDS / 0.01:
-                self._report()
-                time.sleep(0.01)
-                self._reserve_for(max(1, short))
+        self._reserve_for(pages)
+        polls = int(STARVED_SECONDS / POLL_SECONDS)
+        while polls and self._starved():
+            self._report()
+            time.sleep(POLL_SECONDS)
+            self._reserve_for(pages)
+            polls -= 1
+        spare = self._spare_pages()
         running = self._scheduler.running_batch
-        if running.is_empty() or self._wanted_pages == 0:
-            # SGLang thinks that a batch stays full until one of its requests ends; here room may
-            # also come from a neighbour, even when no request runs.
+        if running.is_empty() or spare > self._spare_before:
+            # SGLang takes a batch to stay full until one of its requests ends; here room may also
+            # come from a neighbour, even when no request runs.
             running.batch_is_full = False
+        self._spare_before = spare
 
     def end_round(self) -> None:
         """The batch is chosen and its pages are allocated."""
@@ -112,7 +130,7 @@ class Steward:
         """A batch is on its way: commit ahead of need what the next one may want."""
         memory = self.memory
         missing = self._reserve - len(memory.book.idle_extents)
-        if missing > 0 and memory.book.room >= missing and not self._others_wait:
+        if missing > 0 and memory.book.room >= missing and not self._pressure:
             [granted] = self._agree(memory.budget.reserve(missing))
             memory.book.credit = granted
             memory.book.room -= granted
@@ -143,7 +161,7 @@ class Steward:
 
     def withheld_tokens(self) -> int:
         """Tokens' worth of pages that are neither in use nor available."""
-        return self.memory.book.withheld_pages * int(self.allocator.page_size)
+        return self.memory.book.withheld_pages * self.allocator.page_size
 
     def numbers(self) -> dict[str, int]:
         """What tools may want to know, in bytes and pages."""
@@ -167,8 +185,8 @@ class Steward:
         """
         memory, scheduler = self.memory, self._scheduler
         extents = memory.budget.limit_bytes // memory.budget.extent_bytes
-        pages = min(extents * memory.arena.extents.blocks_per_extent, memory.book.total_pages + 1)
-        tokens = (pages - 2) * int(self.allocator.page_size)
+        pages = extents * memory.arena.extents.blocks_per_extent - 1
+        tokens = min(pages, memory.book.total_pages) * self.allocator.page_size - 1
         if tokens < scheduler.max_req_len:
             logger.warning(
                 "kvcached: a request may have %d tokens, for %s hold no more; raise KVCACHED_BUDGET"
@@ -179,33 +197,32 @@ class Steward:
             scheduler.max_req_input_len -= scheduler.max_req_len - tokens
             scheduler.max_req_len = tokens
 
-    @property
-    def _others_wait(self) -> bool:
-        return self._pressure > 0
-
-    _pressure = 0
-
-    def _reserve_for(self, short_pages: int) -> None:
+    def _reserve_for(self, pages: int) -> None:
+        """Get grants for as many of ``pages`` as are not on the free list."""
         book, budget = self.memory.book, self.memory.budget
-        wanted = book.extents_for(short_pages) - book.credit
-        if wanted <= 0:
-            self._wanted_pages = 0
-            return
-        granted, room = budget.reserve(wanted), budget.room()
-        agreed, book.room = self._agree(granted, room)
-        budget.cancel(granted - agreed)
-        book.credit += agreed
-        available = len(self.allocator.free_pages) + book.promised_pages
-        lacking = short_pages + len(self.allocator.free_pages) - available
-        self._wanted_pages = max(0, lacking - self._evictable_pages())
+        free = len(self.allocator.free_pages)
+        wanted = book.extents_for(pages - free) - book.credit
+        self._wanted_pages = 0
+        if wanted > 0:
+            granted = budget.reserve(wanted)
+            [agreed] = self._agree(granted)
+            budget.cancel(granted - agreed)
+            book.credit += agreed
+            book.room = max(0, book.room - agreed) if agreed == wanted else 0
+            self._wanted_pages = max(0, pages - self._spare_pages())
+
+    def _spare_pages(self) -> int:
+        """Pages that could be had now, those that would be evicted for it included."""
+        free = len(self.allocator.free_pages)
+        return free + self.memory.book.promised_pages + self._evictable_pages()
 
     def _starved(self) -> bool:
-        """Whether requests run and not one page can be had for them."""
+        """Whether requests run, need a page, and not one can be had."""
+        running = self._scheduler.running_batch
         return (
-            not self._scheduler.running_batch.is_empty()
-            and not len(self.allocator.free_pages)
-            and not self.memory.book.promised_pages
-            and not self._evictable_pages()
+            self._spare_pages() == 0
+            and not running.is_empty()
+            and running.new_tokens_required_next_decode() > 0
         )
 
     def _tick(self) -> None:
@@ -256,7 +273,7 @@ class Steward:
         if settings.cache_bytes is not None:
             surplus = max(surplus, cached - settings.cache_bytes)
         if surplus > 0 and cached:
-            tokens = -(-surplus // self.page_bytes) * int(self.allocator.page_size)
+            tokens = -(-surplus // self.page_bytes) * self.allocator.page_size
             self._scheduler.tree_cache.evict(EvictParams(num_tokens=tokens))
 
     def _demand_pages(self) -> int:
@@ -266,9 +283,9 @@ class Steward:
         every running request may need one more page.
         """
         scheduler = self._scheduler
-        page = int(self.allocator.page_size)
-        last = scheduler.last_batch
-        running = scheduler.running_batch.batch_size() + (last.batch_size() if last else 0)
+        page = self.allocator.page_size
+        batches = {id(b): b for b in (scheduler.running_batch, scheduler.last_batch) if b}
+        running = sum(int(batch.batch_size()) for batch in batches.values())
         waiting = scheduler.waiting_queue
         if not running and not waiting and scheduler.chunked_req is None:
             return 0
@@ -282,7 +299,7 @@ class Steward:
                 break
             tokens += len(request.origin_input_ids) + len(request.output_ids)
             requests += 1
-        return -(-min(tokens, bound) // page) + requests
+        return int(-(-min(tokens, bound) // page) + requests)
 
     def _is_idle(self) -> bool:
         scheduler = self._scheduler
@@ -294,7 +311,7 @@ class Steward:
         )
 
     def _evictable_pages(self) -> int:
-        return int(self._scheduler.tree_cache.evictable_size()) // int(self.allocator.page_size)
+        return int(self._scheduler.tree_cache.evictable_size()) // self.allocator.page_size
 
     def _cached_bytes(self) -> int:
         return self._evictable_pages() * self.page_bytes
