@@ -15,6 +15,7 @@ phase per line of the script.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from array import array
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from integration.engine import kv_bytes
 
-STUCK_S = 120.0
+STUCK_S = 300.0
 
 
 class Driver:
@@ -36,8 +37,6 @@ class Driver:
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        import os
-
         self.requests = spec["requests"]
         self.script = list(spec["script"])
         self.found: dict[int, Any] = {}
@@ -76,7 +75,7 @@ class Driver:
 
     def _begin(self, step: list[Any], now: float) -> None:
         self._step, self._began = step, now
-        self.phases.append({"step": step[0], "peak_bytes": 0})
+        self.phases.append({"step": step[0], "peak_bytes": 0, "most_waiting": 0})
         if step[0] == "run":
             for number in range(step[1], step[2]):
                 self._submit(number)
@@ -107,7 +106,9 @@ class Driver:
 
     def _sample(self) -> None:
         self._bytes = kv_bytes(self.pid)
-        self.phases[-1]["peak_bytes"] = max(self.phases[-1]["peak_bytes"], self._bytes)
+        phase = self.phases[-1]
+        phase["peak_bytes"] = max(phase["peak_bytes"], self._bytes)
+        phase["most_waiting"] = max(phase["most_waiting"], len(self.scheduler.waiting_queue))
 
     def _state(self) -> dict[str, Any]:
         scheduler = self.scheduler

@@ -59,6 +59,7 @@ class ElasticPages:
 
     def gain(self, pages: list[range]) -> None:
         """Put pages that have memory at the end of the free list."""
+        self._freed = self._freed or self._look is not None
         self._look = None
         made = [
             torch.arange(run.start, run.stop, dtype=torch.int64, device=self.device)

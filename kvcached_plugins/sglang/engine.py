@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from kvcached_plugins.settings import Settings
+from kvcached_plugins.sglang import pools
 from kvcached_plugins.sglang.allocators import ElasticPagedAllocator, ElasticTokenAllocator
+from kvcached_plugins.sglang.ranks import Agreement
 from kvcached_plugins.sglang.refusal import refuse_unsupported
-from kvcached_plugins.sglang.steward import Agreement, Steward
+from kvcached_plugins.sglang.steward import Steward
 from kvcached_plugins.vllm.refusal import NOTE, Refusal, expect_refusals
 from kvcached_vmm.errors import KVCachedError
 from kvcached_vmm.locks import private_directory
@@ -51,7 +53,13 @@ def scheduler_init(
 ) -> None:
     server_args = kwargs.get("server_args") or args[0]
     refuse_unsupported(server_args)
+    pools.engine_name = str(server_args.served_model_name or server_args.model_path)
     original(scheduler, *args, **kwargs)
+    if scheduler.draft_worker is not None or scheduler.enable_hierarchical_cache:
+        raise Refusal(
+            "SGLang has turned a draft model or a hierarchical cache on by itself, and an elastic "
+            "KV cache supports neither; unset ENABLE_KVCACHED to run it."
+        )
     allocator = scheduler.token_to_kv_pool_allocator
     if type(allocator) not in (ElasticTokenAllocator, ElasticPagedAllocator) or (
         allocator.memory is None

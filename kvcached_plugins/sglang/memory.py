@@ -107,11 +107,13 @@ class PoolMemory:
         return len(self._quarantine)
 
     def collect(self, wait: bool = False) -> None:
-        """Release leaving extents that are quiet; with ``wait``, all of them."""
+        """Release leaving extents that are quiet; with ``wait``, all of them. The budget would
+        grant them again."""
         quiet = self._quarantine.take(0 if wait else -1)
         if quiet:
             self.budget.release(self.arena.decommit(quiet))
             self.book.left(quiet)
+            self.book.room += len(quiet)
 
     def settle(self) -> None:
         """A scheduling round is over: give unused grants back. They were grantable, so they count
@@ -125,8 +127,10 @@ class PoolMemory:
         self.mark().synchronize()
         self.collect(wait=True)
         self.settle()
-        self.budget.release(self.arena.decommit(self.arena.committed))
+        committed = self.arena.committed
+        self.budget.release(self.arena.decommit(committed))
         self.book.sleep()
+        self.book.room += len(committed)
 
     def close(self) -> None:
         """The engine is gone."""

@@ -29,6 +29,10 @@ GPU_SHARE = 0.92
 no profile sees."""
 
 
+engine_name = "sglang"
+"""What the engine that starts in this process is called, unless the user named it."""
+
+
 class Buffer(NamedTuple):
     """A tensor that SGLang asked for with ``torch.zeros``."""
 
@@ -157,7 +161,7 @@ def _memory(pool: Any, asked: list[Buffer]) -> PoolMemory:
     budget = ExtentBudget.join(
         settings,
         driver.device,
-        engine_name(settings),
+        account_name(settings.name or engine_name),
         default_budget(device, driver),
         extents.largest_bytes,
         lambda: driver.memory().free_bytes,
@@ -171,15 +175,15 @@ def _memory(pool: Any, asked: list[Buffer]) -> PoolMemory:
     return PoolMemory(Arena(driver, extents), budget, device)
 
 
-def engine_name(settings: Settings) -> str:
-    """How tools call this process: the engine's name, and its rank if there are several."""
+def account_name(engine: str) -> str:
+    """How tools call this process: by its engine, and by its rank if there are several."""
     from sglang.srt.distributed import parallel_state
 
-    name, rank, size = settings.name or "sglang", 0, 1
-    if parallel_state.model_parallel_is_initialized():
-        rank = parallel_state.get_tensor_model_parallel_rank()
-        size = parallel_state.get_tensor_model_parallel_world_size()
-    return f"{name} rank {rank}" if size > 1 else name
+    if not parallel_state.model_parallel_is_initialized():
+        return engine
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return engine
+    return f"{engine} rank {parallel_state.get_tensor_model_parallel_rank()}"
 
 
 def default_budget(device: torch.device, driver: Driver) -> int:

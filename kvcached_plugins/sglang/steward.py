@@ -12,7 +12,9 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.sglang.allocators import ElasticPages
+from kvcached_plugins.sglang.demand import demand_pages, is_idle
 from kvcached_plugins.sglang.memory import PoolMemory
+from kvcached_plugins.sglang.ranks import Agreement
 from kvcached_vmm.units import GIB, format_size
 
 logger = logging.getLogger("sglang.kvcached")
@@ -40,21 +42,6 @@ POLL_SECONDS = 0.01
 STARVED_SECONDS = 1.0
 """How long a batch that cannot go on at all waits for others' memory before SGLang retracts or, if
 one request is left, aborts it."""
-
-
-class Agreement:
-    """The least of each number over the ranks of ``group``; what is given if there is but one."""
-
-    def __init__(self, group: Any) -> None:
-        self._group = group
-        self.ranks = int(torch.distributed.get_world_size(group))
-
-    def __call__(self, *values: int) -> list[int]:
-        if self.ranks == 1:
-            return list(values)
-        least = torch.tensor(values, dtype=torch.int64)
-        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=self._group)
-        return [int(value) for value in least.tolist()]
 
 
 class Steward:
@@ -87,7 +74,6 @@ class Steward:
         self._wanted_pages = 0
         self._spare_before = 0
         self._pressure = 0
-        self._asleep = False
         if memory.device.type == "cuda":
             memory.budget.fix(torch.cuda.memory_reserved(memory.device) + CONTEXT_BYTES)
         [memory.book.room] = agree(memory.budget.room())
@@ -102,7 +88,7 @@ class Steward:
     def begin_round(self) -> None:
         """SGLang is about to choose a batch: get grants for whatever it may allocate in it."""
         self._tick()
-        pages = self._demand_pages()
+        pages = demand_pages(self._scheduler, self.allocator.page_size)
         if not pages:
             self._wanted_pages = 0
             return
@@ -148,15 +134,12 @@ class Steward:
         """Take the KV cache to zero bytes; no request may be there."""
         self.memory.sleep()
         self.allocator.free_pages = self.allocator.free_pages[:0]
-        self._asleep = True
         self._report()
 
     def wake(self) -> None:
         """Back the sink with memory again; the rest comes when it is needed."""
-        if self._asleep:
-            self._asleep = False
-            if 0 not in self.memory.arena:
-                self.allocator.gain(self.memory.grow(1))
+        if 0 not in self.memory.arena:
+            self.allocator.gain(self.memory.grow(1))
             self._report()
 
     def withheld_tokens(self) -> int:
@@ -241,10 +224,12 @@ class Steward:
         )
         memory.collect(wait=in_step)
         memory.book.room = room
-        self._pressure = 0 if self._wanted_pages else -lessened
+        # What is free in the budget is there for whoever waits; who waits too gives nothing.
+        waited_for = max(0, -lessened - room * memory.budget.extent_bytes)
+        self._pressure = 0 if self._wanted_pages else waited_for
         now = now_us / 1e6
         allocator.find(now, wait=in_step)
-        idle = self._is_idle()
+        idle = is_idle(self._scheduler)
         if not idle:
             self._active_at = now
         self._give_back(now, idle)
@@ -276,49 +261,15 @@ class Steward:
             tokens = -(-surplus // self.page_bytes) * self.allocator.page_size
             self._scheduler.tree_cache.evict(EvictParams(num_tokens=tokens))
 
-    def _demand_pages(self) -> int:
-        """Pages that SGLang may allocate in one round, at most; 0 when there is nothing to run.
-
-        A prefill is bounded by its chunk, or by the prefill budget and one request beyond it;
-        every running request may need one more page.
-        """
-        scheduler = self._scheduler
-        page = self.allocator.page_size
-        batches = {id(b): b for b in (scheduler.running_batch, scheduler.last_batch) if b}
-        running = sum(int(batch.batch_size()) for batch in batches.values())
-        waiting = scheduler.waiting_queue
-        if not running and not waiting and scheduler.chunked_req is None:
-            return 0
-        bound = scheduler.chunked_prefill_size
-        if bound is None:
-            bound = scheduler.max_prefill_tokens + scheduler.max_req_len
-        tokens = bound if scheduler.chunked_req is not None else 0
-        requests = running
-        for request in waiting:
-            if tokens >= bound:
-                break
-            tokens += len(request.origin_input_ids) + len(request.output_ids)
-            requests += 1
-        return int(-(-min(tokens, bound) // page) + requests)
-
-    def _is_idle(self) -> bool:
-        scheduler = self._scheduler
-        return bool(
-            scheduler.running_batch.is_empty()
-            and not scheduler.waiting_queue
-            and scheduler.chunked_req is None
-            and not scheduler.last_batch
-        )
-
     def _evictable_pages(self) -> int:
         return int(self._scheduler.tree_cache.evictable_size()) // self.allocator.page_size
 
     def _cached_bytes(self) -> int:
-        return self._evictable_pages() * self.page_bytes
+        return int(self._evictable_pages() * self.page_bytes)
 
     def _live_bytes(self) -> int:
         used = self.memory.book.live_pages(len(self.allocator.free_pages))
-        return used * self.page_bytes - self._cached_bytes()
+        return int(used * self.page_bytes) - self._cached_bytes()
 
     def _report(self) -> None:
         wanted = self.memory.book.extents_for(self._wanted_pages)
