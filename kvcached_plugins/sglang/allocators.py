@@ -41,8 +41,8 @@ class ElasticPages:
     @property
     def memory(self) -> PoolMemory | None:
         """The memory behind the pool, if it is elastic."""
-        found: PoolMemory | None = getattr(self._kvcache, ATTRIBUTE, None)
-        return found
+        found = getattr(self._kvcache, ATTRIBUTE, None)
+        return found if isinstance(found, PoolMemory) else None
 
     def available_size(self) -> int:
         size = int(super().available_size())  # type: ignore[misc]

@@ -90,6 +90,7 @@ class PoolMemory:
         missing = extents - self.book.credit
         if missing > 0:
             self.book.credit += self._insist(missing)
+            self.book.room = max(0, self.book.room - missing)
         grown = self.book.grow(extents)
         self.budget.commit(extents, self._commit(grown))
         return [self.book.pages(extent) for extent in grown]

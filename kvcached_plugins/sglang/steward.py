@@ -115,7 +115,8 @@ class Steward:
     def launched(self) -> None:
         """A batch is on its way: commit ahead of need what the next one may want."""
         memory = self.memory
-        missing = self._reserve - len(memory.book.idle_extents)
+        spare = len(memory.book.idle_extents)
+        missing = min(self._reserve - spare, memory.book.empty_extents)
         if missing > 0 and memory.book.room >= missing and not self._pressure:
             [granted] = self._agree(memory.budget.reserve(missing))
             memory.book.credit = granted
