@@ -70,7 +70,7 @@ class Steward:
             self._reserve = settings.reserve_bytes // memory.budget.extent_bytes
         self._rounds = itertools.count(1)
         self._next_look = 0.0
-        self._active_at = 0.0
+        self._active_at: float | None = None
         self._wanted_pages = 0
         self._spare_before = 0
         self._pressure = 0
@@ -87,12 +87,14 @@ class Steward:
 
     def begin_round(self) -> None:
         """SGLang is about to choose a batch: get grants for whatever it may allocate in it."""
-        self._tick()
         pages = demand_pages(self._scheduler, self.allocator.page_size)
-        if not pages:
-            self._wanted_pages = 0
-            return
+        waited = self._wanted_pages > 0
         self._reserve_for(pages)
+        self._tick()
+        if waited != (self._wanted_pages > 0):
+            self._report()
+        if not pages:
+            return
         polls = int(STARVED_SECONDS / POLL_SECONDS)
         while polls and self._starved():
             self._report()
@@ -118,9 +120,7 @@ class Steward:
         spare = len(memory.book.idle_extents)
         missing = min(self._reserve - spare, memory.book.empty_extents)
         if missing > 0 and memory.book.room >= missing and not self._pressure:
-            [granted] = self._agree(memory.budget.reserve(missing))
-            memory.book.credit = granted
-            memory.book.room -= granted
+            granted = self._grant(missing)
             if granted:
                 self.allocator.gain(memory.grow(granted))
 
@@ -183,17 +183,22 @@ class Steward:
 
     def _reserve_for(self, pages: int) -> None:
         """Get grants for as many of ``pages`` as are not on the free list."""
-        book, budget = self.memory.book, self.memory.budget
-        free = len(self.allocator.free_pages)
-        wanted = book.extents_for(pages - free) - book.credit
+        book = self.memory.book
+        wanted = book.extents_for(pages - len(self.allocator.free_pages)) - book.credit
         self._wanted_pages = 0
         if wanted > 0:
-            granted = budget.reserve(wanted)
-            [agreed] = self._agree(granted)
-            budget.cancel(granted - agreed)
-            book.credit += agreed
-            book.room = max(0, book.room - agreed) if agreed == wanted else 0
+            self._grant(wanted)
             self._wanted_pages = max(0, pages - self._spare_pages())
+
+    def _grant(self, extents: int) -> int:
+        """Get grants for ``extents``, or as many as every rank gets; returns how many."""
+        book, budget = self.memory.book, self.memory.budget
+        granted = budget.reserve(extents)
+        [agreed] = self._agree(granted)
+        budget.cancel(granted - agreed)
+        book.credit += agreed
+        book.room = max(0, book.room - agreed) if agreed == extents else 0
+        return agreed
 
     def _spare_pages(self) -> int:
         """Pages that could be had now, those that would be evicted for it included."""
@@ -220,10 +225,10 @@ class Steward:
         self._next_look = now + LOOK_SECONDS
         memory, allocator = self.memory, self.allocator
         in_step = self._agree.ranks > 1
+        memory.collect(wait=in_step)
         now_us, room, lessened = self._agree(
             int(now * 1e6), memory.budget.room(), -memory.budget.pressure_bytes()
         )
-        memory.collect(wait=in_step)
         memory.book.room = room
         # What is free in the budget is there for whoever waits; who waits too gives nothing.
         waited_for = max(0, -lessened - room * memory.budget.extent_bytes)
@@ -231,7 +236,7 @@ class Steward:
         now = now_us / 1e6
         allocator.find(now, wait=in_step)
         idle = is_idle(self._scheduler)
-        if not idle:
+        if self._active_at is None or not idle:
             self._active_at = now
         self._give_back(now, idle)
         if allocator.unsorted:
@@ -254,8 +259,8 @@ class Steward:
         surplus = 0
         if self._pressure:
             surplus = self._pressure - memory.leaving * bytes_each
-        elif idle and now - self._active_at >= settings.cache_seconds:
-            surplus = cached
+        elif idle and self._active_at is not None:
+            surplus = cached if now - self._active_at >= settings.cache_seconds else 0
         if settings.cache_bytes is not None:
             surplus = max(surplus, cached - settings.cache_bytes)
         if surplus > 0 and cached:
