@@ -37,6 +37,8 @@ class ElasticPages:
     """Length of the free list after we last saw it taken from, lengthened or cut."""
     _freed = False
     _shortest = 0
+    _host: torch.Tensor | None = None
+    """Where the device writes what it found."""
 
     @property
     def memory(self) -> PoolMemory | None:
@@ -91,8 +93,9 @@ class ElasticPages:
         # The sink makes its extent look used for good.
         whole = used == 0
         if whole.is_cuda:
-            host = torch.empty(whole.shape, dtype=torch.bool, pin_memory=True)
-            whole = host.copy_(whole, non_blocking=True)
+            if self._host is None:
+                self._host = torch.empty(count, dtype=torch.bool, pin_memory=True)
+            whole = self._host.copy_(whole, non_blocking=True)
         self._look = (whole, memory.mark())
         self._shortest = self._known = len(free)
         self._freed = False

@@ -54,7 +54,8 @@ HOOKS = (
     Hook(f"{_CACHE}.memory_pool.MHATokenToKVPool._create_buffers", "pools:create_buffers"),
     Hook(f"{_CACHE}.memory_pool.MLATokenToKVPool._create_buffers", "pools:create_buffers"),
     Hook(
-        "sglang.srt.model_executor.model_runner.ModelRunner._profile_available_bytes",
+        "sglang.srt.model_executor.model_runner_kv_cache_mixin.ModelRunnerKVCacheMixin"
+        "._profile_available_bytes",
         "capacity:profile_available_bytes",
         gone="0.5.16",
     ),
