@@ -29,8 +29,7 @@ TOKEN_BYTES = 4096
 
 EXTENT_BYTES = MIB
 
-# Triton's kernels run in its interpreter; one thread, as for vLLM.
-SGLANG_ENV = {"PYTHONPATH": str(SHIM), "TRITON_INTERPRET": "1", "SGLANG_LOG_LEVEL": "warning"}
+SGLANG_ENV = {"PYTHONPATH": str(SHIM)}
 
 
 class Scheduled(NamedTuple):

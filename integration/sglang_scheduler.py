@@ -150,6 +150,9 @@ class Driver:
         from sglang.srt.plugins import load_plugins
 
         load_plugins()
+        from integration.sglang_cpu_shim import paging
+
+        paging.install()
         from sglang.srt.runtime_context import publish
         from sglang.srt.server_args import PortArgs, ServerArgs
 

@@ -166,9 +166,11 @@ def _memory(pool: Any, asked: list[Buffer]) -> PoolMemory:
         extents.largest_bytes,
         lambda: driver.memory().free_bytes,
     )
-    if budget.limit_bytes < extents.largest_bytes:
+    limit = budget.limit_bytes
+    if limit < extents.largest_bytes:
+        budget.close()
         raise EngineUnsupported(
-            f"This engine may use {format_size(budget.limit_bytes)} for its KV cache, which is "
+            f"This engine may use {format_size(limit)} for its KV cache, which is "
             f"less than one extent of {format_size(extents.largest_bytes)}; raise KVCACHED_BUDGET "
             "or KVCACHED_MAX, or unset ENABLE_KVCACHED."
         )
