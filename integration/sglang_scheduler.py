@@ -95,7 +95,7 @@ class Driver:
         assert self._step is not None
         step = self._step
         if step[0] == "run":
-            return self.scheduler.is_fully_idle() and len(self.found) >= step[2]
+            return bool(self.scheduler.is_fully_idle())
         if step[0] == "idle":
             return now - self._began >= step[1]
         if step[0] == "until":
