@@ -245,6 +245,34 @@ def test_a_pool_without_memory_of_ours_is_stock(worlds: Callable[..., World]) ->
     assert plain.available_size() == 30
 
 
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_nothing_but_taking_up_what_was_found_waits_for_the_device(
+    worlds: Callable[..., World], page_size: int
+) -> None:
+    """Operations whose result has a size or a value that the host needs make a GPU catch up."""
+    world = worlds(30, page_size)
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Strict(TorchDispatchMode):  # type: ignore[misc]
+        names: set[str] = set()  # noqa: RUF012
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            self.names.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Strict() as mode:
+        first = world.elastic.alloc(3 * page_size)
+        second = world.elastic.alloc(9 * page_size)
+        world.elastic.free_page_ids(first[::page_size] // page_size)
+        world.elastic.sort()
+        world.elastic.cut(world.memory.leave(len(world.memory.book.idle_extents)))
+        world.elastic.available_size()
+    assert {"cat", "sort", "scatter_add_"} <= mode.names, "the mode saw what was done"
+    waiting = {"_local_scalar_dense", "nonzero", "_unique2", "masked_select", "bincount"}
+    assert not mode.names & waiting
+    assert len(second) == 9 * page_size
+
+
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("take"), st.integers(0, 14)),
