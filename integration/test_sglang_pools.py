@@ -168,7 +168,7 @@ def test_a_pool_that_the_budget_cannot_hold_an_extent_of_is_refused(
 def test_a_pool_smaller_than_a_mapping_is_refused(hooked: Any, ledger: Ledger) -> None:
     from kvcached_plugins.vllm.refusal import Refusal
 
-    with pytest.raises(Refusal, match="raise --max-total-tokens"):
+    with pytest.raises(Refusal, match="raise KVCACHED_BUDGET"):
         make_mha(hooked, size=16)
 
 

@@ -60,9 +60,7 @@ MISTAKES = {
     "a host cache": Mistake(
         ("HiCache", "unset ENABLE_KVCACHED"), {}, ("--enable-hierarchical-cache",)
     ),
-    "a tiny budget": Mistake(
-        ("64 KiB", "less than one extent", "raise KVCACHED_BUDGET"), {"KVCACHED_BUDGET": "64KiB"}
-    ),
+    "a tiny budget": Mistake(("16 tokens", "raise KVCACHED_BUDGET"), {"KVCACHED_BUDGET": "64KiB"}),
 }
 
 

@@ -142,7 +142,8 @@ def _memory(pool: Any, asked: list[Buffer]) -> PoolMemory:
     if any(place.stride_bytes * num_blocks < driver.granularity for place in places):
         raise EngineUnsupported(
             f"A KV cache of {pool.size} tokens is smaller than the smallest piece of memory that "
-            "can be mapped in every layer; raise --max-total-tokens, or unset ENABLE_KVCACHED."
+            "can be mapped in every layer; raise KVCACHED_BUDGET, KVCACHED_MAX or "
+            "--max-total-tokens, or unset ENABLE_KVCACHED."
         )
     limit = min(
         limit
