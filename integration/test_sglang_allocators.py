@@ -88,13 +88,17 @@ class World:
     def pages_of(self, indices: Any) -> set[int]:
         return {int(index) // self.page_size for index in indices}
 
-    def give_back(self, now: float) -> None:
-        """What the steward does now and then, all of it."""
+    def find(self, now: float) -> None:
+        """The device has done all that it was given."""
         for mark in self.marks:
             mark.passed = True
-        self.memory.collect()
         self.elastic.find(now)
-        self.elastic.cut(self.memory.leave(self.memory.book.due(now, 0.0, keep=0)))
+
+    def give_back(self, now: float, keep: int = 0) -> None:
+        """What the steward does now and then, all of it."""
+        self.find(now)
+        self.memory.collect()
+        self.elastic.cut(self.memory.leave(self.memory.book.due(now, 0.0, keep)))
         if self.elastic.unsorted:
             self.elastic.sort()
 
@@ -151,9 +155,14 @@ def test_what_was_freed_is_taken_first(worlds: Callable[..., World], page_size: 
     """Stock pages of one token are taken in the order in which they were freed, through all memory
     that there is."""
     world = worlds(30, page_size)
+    first = world.elastic.alloc(8 * page_size)
+    world.elastic.free(first)
+    again = world.elastic.alloc(8 * page_size)
+    assert world.pages_of(again) == world.pages_of(first)
+    world.elastic.free(again)
     for _ in range(40):
         world.elastic.free(world.elastic.alloc(3 * page_size))
-    assert world.memory.arena.committed == {0}
+    assert len(world.memory.arena.committed) == 3
 
 
 def test_a_budget_bounds_what_is_available(worlds: Callable[..., World]) -> None:
@@ -196,6 +205,19 @@ def test_memory_is_found_and_given_back_when_its_pages_are_free(
         world.give_back(float(now))
     assert world.memory.arena.committed == {0}
     world.check(set())
+
+
+def test_an_extent_that_was_taken_from_while_we_looked_is_kept(
+    worlds: Callable[..., World],
+) -> None:
+    world = worlds()
+    world.elastic.free(world.elastic.alloc(15))
+    world.elastic.sort()
+    taken = world.elastic.alloc(5)
+    world.find(now=0.0)
+    assert list(world.memory.book.idle_extents) == [3, 2]
+    world.elastic.cut(world.memory.leave(2))
+    world.check(world.pages_of(taken))
 
 
 def test_pages_of_the_fullest_extents_are_handed_out_first(worlds: Callable[..., World]) -> None:
@@ -278,8 +300,9 @@ steps = st.lists(
         st.tuples(st.just("take"), st.integers(0, 14)),
         st.tuples(st.just("free"), st.integers(0, 10)),
         st.tuples(st.just("free together"), st.integers(1, 4)),
-        st.tuples(st.just("give back"), st.just(0)),
+        st.tuples(st.just("give back"), st.integers(0, 3)),
         st.tuples(st.just("sort"), st.just(0)),
+        st.tuples(st.just("find"), st.just(0)),
         st.tuples(st.just("clear"), st.just(0)),
     ),
     max_size=40,
@@ -329,9 +352,11 @@ def test_with_room_for_all_it_answers_as_stock_does(
                 for allocator in both:
                     allocator.free_group_end()
             elif step == "give back":
-                world.give_back(float(now))
+                world.give_back(float(now), keep=count)
             elif step == "sort":
                 world.elastic.sort()
+            elif step == "find":
+                world.find(float(now))
             elif step == "clear":
                 for allocator in both:
                     allocator.clear()

@@ -147,11 +147,27 @@ def test_a_round_has_grants_for_all_that_it_may_allocate_and_leaves_none_behind(
     case.steward.begin_round()
     granted = case.memory.book.credit
     assert granted * SPAN + len(case.allocator.free_pages) >= 13
-    assert len(case.allocator.alloc(12)) == 12
+    assert len(case.allocator.alloc(4)) == 4
+    assert case.memory.book.credit == granted - 1
     case.steward.end_round()
     view = case.world.ledger.snapshot()
     assert view.accounts[0].reserved_bytes == 0
     assert view.accounts[0].committed_bytes == case.memory.arena.committed_bytes
+
+
+def test_prefixes_go_for_what_a_neighbour_took_in_the_middle_of_a_round(
+    cases: Callable[..., Case],
+) -> None:
+    """And for what SGLang allocates beyond what it could be expected to."""
+    case = cases()
+    case.allocator.steward = case.steward
+    case.scheduler.tree_cache.cached = [case.allocator.alloc(8)]
+    free = case.allocator.available_size()
+    case.take_all_but(0)
+    case.memory.book.room = 2
+    assert case.allocator.available_size() < free
+    assert len(case.allocator.alloc(7)) == 7
+    assert case.scheduler.tree_cache.evictable_size() == 0
 
 
 def test_what_a_neighbour_took_is_not_available(cases: Callable[..., Case]) -> None:

@@ -126,7 +126,12 @@ class ElasticPages:
         """``pages`` are about to be taken."""
         self._note_freed()
         short = pages - len(self.free_pages)
-        if self.memory is not None and 0 < short <= self.memory.book.promised_pages:
+        if self.memory is None or not 0 < short <= self.memory.book.promised_pages:
+            return
+        if self.steward is not None:
+            self.steward.cover(short)
+            short = pages - len(self.free_pages)
+        if short > 0:
             self.gain(self.memory.grow(self.memory.book.extents_for(short)))
 
     def _taken(self) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from kvcached_plugins.settings import Settings
@@ -14,7 +12,7 @@ from kvcached_plugins.sglang.allocators import ElasticPagedAllocator, ElasticTok
 from kvcached_plugins.sglang.ranks import Agreement
 from kvcached_plugins.sglang.refusal import refuse_unsupported
 from kvcached_plugins.sglang.steward import Steward
-from kvcached_plugins.vllm.refusal import NOTE, Refusal, expect_refusals
+from kvcached_plugins.vllm.refusal import Refusal, expect_refusals, wait_for_engine_startup
 from kvcached_vmm.errors import KVCachedError
 from kvcached_vmm.locks import private_directory
 
@@ -34,18 +32,7 @@ def launch_subprocesses(original: Callable[..., Any], cls: Any, *args: Any, **kw
         expect_refusals(private_directory(Settings.read().directory))
     except KVCachedError as error:
         raise Refusal(str(error)) from error
-    try:
-        return original(cls, *args, **kwargs)
-    except RuntimeError:
-        note = Path(os.environ.get(NOTE, "/nonexistent"))
-        try:
-            sentence = note.read_text()
-            note.unlink()
-        except OSError:
-            sentence = ""
-        if sentence:
-            raise Refusal(sentence) from None
-        raise
+    return wait_for_engine_startup(original, cls, *args, **kwargs)
 
 
 def scheduler_init(

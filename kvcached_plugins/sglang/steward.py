@@ -114,6 +114,13 @@ class Steward:
         if self.memory.book.credit:
             self.memory.settle()
 
+    def cover(self, pages: int) -> None:
+        """``pages`` that are not on the free list are about to be taken. If that is more than the
+        round was granted, get grants now, or forget prefixes for what others took meanwhile."""
+        missing = self.memory.book.extents_for(pages) - self.memory.book.credit
+        if missing > 0 and self._grant(missing) < missing:
+            self._evict(pages)
+
     def launched(self) -> None:
         """A batch is on its way: commit ahead of need what the next one may want."""
         memory = self.memory
@@ -264,8 +271,11 @@ class Steward:
         if settings.cache_bytes is not None:
             surplus = max(surplus, cached - settings.cache_bytes)
         if surplus > 0 and cached:
-            tokens = -(-surplus // self.page_bytes) * self.allocator.page_size
-            self._scheduler.tree_cache.evict(EvictParams(num_tokens=tokens))
+            self._evict(-(-surplus // self.page_bytes))
+
+    def _evict(self, pages: int) -> None:
+        tokens = pages * self.allocator.page_size
+        self._scheduler.tree_cache.evict(EvictParams(num_tokens=tokens))
 
     def _evictable_pages(self) -> int:
         return int(self._scheduler.tree_cache.evictable_size()) // self.allocator.page_size
