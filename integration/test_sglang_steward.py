@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,7 +74,7 @@ class Tree:
 class Case:
     """A steward over a pool of PAGES pages of one token, beside a neighbour in the same ledger."""
 
-    def __init__(self, budget_extents: int = 10, **variables: str) -> None:
+    def __init__(self, budget_extents: int = 10, agree: Any = None, **variables: str) -> None:
         self.world = World(PAGES, 1, budget_extents)
         from kvcached_plugins.sglang.steward import Steward
 
@@ -92,7 +94,7 @@ class Case:
         self.allocator = allocator
         self.memory = self.world.memory
         settings = Settings.read({"KVCACHED_DIR": "/nowhere", **variables})
-        self.steward = Steward(self.scheduler, settings, Alone())  # type: ignore[arg-type]
+        self.steward = Steward(self.scheduler, settings, agree or Alone())
         self.neighbour: Account = Ledger.open(Path(self.world.folder.name) / "ledger", "host").join(
             "neighbour", None
         )
@@ -318,6 +320,70 @@ def test_with_room_for_all_requests_are_as_long_as_before(cases: Callable[..., C
     case = cases()
     case.steward.clamp_request_length()
     assert (case.scheduler.max_req_len, case.scheduler.max_req_input_len) == (30, 25)
+
+
+class Together:
+    """The agreement of two ranks that are threads of this process."""
+
+    ranks = 2
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(2, timeout=60)
+        self.said: dict[int, tuple[int, ...]] = {}
+
+    def __call__(self, *values: int) -> list[int]:
+        self.said[threading.get_ident()] = values
+        self.barrier.wait()
+        least = [min(pair) for pair in zip(*self.said.values(), strict=True)]
+        self.barrier.wait()
+        return least
+
+
+def test_ranks_stay_in_step_though_their_devices_differ(cases: Callable[..., Case]) -> None:
+    """Each replays the same requests, with a neighbour of its own that comes and goes."""
+    cases()  # imports SGLang, which two threads cannot do at once
+    together, seen = Together(), {}
+
+    def rank(number: int) -> None:
+        case = Case(10, agree=together, KVCACHED_DECAY="0", KVCACHED_CACHE_TTL="0.05")
+        same, own = random.Random(7), random.Random(number)
+        held: list[Any] = []
+        log = seen[number] = []
+        taken = 0
+        try:
+            for _ in range(300):
+                if own.random() < 0.2:
+                    case.neighbour.release(taken)
+                    granted = case.neighbour.reserve(own.randrange(9) * EXTENT_BYTES, EXTENT_BYTES)
+                    case.neighbour.commit(granted, granted)
+                    taken = granted
+                    time.sleep(own.random() / 100)
+                wanted = same.randrange(12)
+                case.wait(wanted) if wanted else case.scheduler.waiting_queue.clear()
+                case.steward.begin_round()
+                available = case.allocator.available_size()
+                got = case.allocator.alloc(min(wanted, available))
+                case.steward.end_round()
+                case.scheduler.running_batch = Batch(len(held))
+                held.append(got)
+                if same.random() < 0.5:
+                    case.scheduler.tree_cache.cached.append(held.pop(same.randrange(len(held))))
+                while len(held) > 3:
+                    case.allocator.free(held.pop(0))
+                log.append((available, sorted(got.tolist()), case.allocator.free_pages.tolist()))
+            live = {p for indices in held + case.scheduler.tree_cache.cached for p in indices}
+            case.world.check({int(page) for page in live})
+        except BaseException:
+            together.barrier.abort()
+            raise
+        finally:
+            case.close()
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(rank, range(2)))
+    assert len(seen[0]) == 300
+    assert seen[0] == seen[1]
+    assert len({available for available, _, _ in seen[0]}) > 10, "budgets did change"
 
 
 RANK = """
