@@ -384,6 +384,8 @@ def test_generate_writes_a_second_release_only_if_it_needs_a_manifest(site: Path
     assert "9.1.1.toml: 7 symbols of vllm 9.1.1, 1 difference to 9.1\n" in output
     assert "  vllm.pool.Pool.usage has another body\n" in output
     contract.verify()
+    status, output = run("generate", "--installed")
+    assert "9.1.1.toml: 7 symbols of vllm 9.1.1, no differences to 9.1.1\n" in output
     assert contract.read(folder / "9.1.toml").version == "9.1.0"
 
 

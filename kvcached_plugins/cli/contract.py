@@ -286,8 +286,12 @@ def _write(manifest: contract.Manifest, out: Path | None) -> None:
     nearest = _nearest(engine, version)
     known = contract.load(engine, nearest) if nearest else None
     found = contract.differences(known, manifest) if known else []
-    again = known is not None and contract.series(engine, known.version) == series
-    name = version if again and known and known.version != version else series
+    second = (
+        known is not None
+        and known.version != version
+        and contract.series(engine, known.version) == series
+    )
+    name = version if second or version in contract.supported(engine) else series
     folder = contract.manifests_folder()
     if folder.name == contract.SHIPPED:  # supporting a version takes a review, not just a command
         folder = Path.cwd()
@@ -295,7 +299,7 @@ def _write(manifest: contract.Manifest, out: Path | None) -> None:
     summary = f"{len(manifest.symbols)} symbols of {engine} {version}"
     if nearest:
         summary += f", {len(found) or 'no'} difference{'' if len(found) == 1 else 's'} to {nearest}"
-    if name == version and not found and out is None:
+    if second and not found and out is None:
         _say(f"nothing to write: {summary}, which covers it")
         return
     target.parent.mkdir(parents=True, exist_ok=True)
