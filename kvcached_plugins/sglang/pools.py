@@ -41,6 +41,7 @@ class Buffer(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of the tensor."""
         return math.prod(self.shape) * int(self.dtype.itemsize)
 
 
