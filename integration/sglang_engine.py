@@ -47,7 +47,7 @@ def schedule(
     folder: Path,
     *,
     env: Mapping[str, str] | None = None,
-    timeout_s: float = 400.0,
+    timeout_s: float = 1200.0,
     **arguments: Any,
 ) -> Scheduled:
     """Run ``script`` (see ``sglang_scheduler.py``) on a stock scheduler."""

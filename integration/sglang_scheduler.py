@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from integration.engine import kv_bytes
 
-STUCK_S = 300.0
+STUCK_S = 900.0
 
 
 class Driver:
