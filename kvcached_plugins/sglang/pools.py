@@ -40,9 +40,15 @@ class Buffer(NamedTuple):
     dtype: torch.dtype
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes of the tensor."""
-        return math.prod(self.shape) * int(self.dtype.itemsize)
+    def parts(self) -> int:
+        """How many times it holds all pages: SGLang 0.5.23 puts a layer's keys and values into one
+        buffer, keys first."""
+        return 2 if self.shape[0] == 2 and len(self.shape) > 3 else 1
+
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of all pages in one part."""
+        return math.prod(self.shape) * int(self.dtype.itemsize) // self.parts
 
 
 class _Torch:
@@ -78,12 +84,16 @@ def create_buffers(original: Callable[[Any], None], pool: Any) -> None:
         raise Refusal(str(error)) from error
     setattr(pool, ATTRIBUTE, memory)
     whole = arena_tensor(memory.arena, memory.arena.size_bytes, memory.device)
-    offsets = iter(_offsets(asked, memory.arena.extents.granularity))
+    extents = memory.arena.extents
+    places = _places(asked, extents.num_blocks, extents.granularity)
 
     def place(buffer: Buffer) -> torch.Tensor:
-        start = next(offsets)
-        view = whole[start : start + buffer.size_bytes].view(buffer.dtype)
-        return view.view(buffer.shape)
+        starts = next(places)
+        flat = whole[starts[0] : starts[-1] + buffer.part_bytes].view(buffer.dtype)
+        strides = list(torch.empty(buffer.shape, device="meta").stride())
+        if buffer.parts > 1:
+            strides[0] = (starts[1] - starts[0]) // buffer.dtype.itemsize
+        return flat.as_strided(buffer.shape, strides)
 
     with_torch(original, pool, place)
     _check_placed(pool, memory.arena)
@@ -102,31 +112,34 @@ def with_torch(
 
 
 def regions(asked: list[Buffer], num_blocks: int, granularity: int) -> list[Region]:
-    """Where pages lie when ``asked`` are placed one after the other, each on a granule.
-
-    A buffer holds all pages in order, or (SGLang 0.5.23) twice all pages, keys before values.
+    """Where pages lie when ``asked`` are placed one after the other, each part on a granule.
 
     Raises:
-        EngineUnsupported: a buffer is not made of ``num_blocks`` equal parts.
+        EngineUnsupported: a buffer is not made of ``num_blocks`` equal pages.
     """
-    found = []
-    for offset, buffer in zip(_offsets(asked, granularity), asked, strict=True):
-        parts = 2 if buffer.shape[0] == 2 and len(buffer.shape) > 3 else 1
-        stride, rest = divmod(buffer.size_bytes, parts * num_blocks)
-        if rest or buffer.shape[parts - 1] % num_blocks:
+    for buffer in asked:
+        if buffer.part_bytes % num_blocks or buffer.shape[buffer.parts - 1] % num_blocks:
             raise EngineUnsupported(
                 f"SGLang keeps this model's KV cache in buffers of shape {buffer.shape}, which "
                 f"{num_blocks} pages do not divide; unset ENABLE_KVCACHED to run it."
             )
-        found += [Region(offset + part * num_blocks * stride, stride) for part in range(parts)]
-    return found
+    return [
+        Region(start, buffer.part_bytes // num_blocks)
+        for buffer, starts in zip(asked, _places(asked, num_blocks, granularity), strict=True)
+        for start in starts
+    ]
 
 
-def _offsets(asked: list[Buffer], granularity: int) -> Iterator[int]:
-    offset = 0
+def _places(asked: list[Buffer], num_blocks: int, granularity: int) -> Iterator[list[int]]:
+    """Where the parts of each buffer begin: on granules, and a whole number of pages apart, for
+    kernels that reach values from keys by counting pages."""
+    end = 0
     for buffer in asked:
-        yield offset
-        offset = ceil_to(offset + buffer.size_bytes, granularity)
+        first = ceil_to(end, granularity)
+        step = math.lcm(granularity, buffer.part_bytes // num_blocks)
+        starts = [first + part * ceil_to(buffer.part_bytes, step) for part in range(buffer.parts)]
+        end = starts[-1] + buffer.part_bytes
+        yield starts
 
 
 def _memory(pool: Any, asked: list[Buffer]) -> PoolMemory:
@@ -151,7 +164,7 @@ def _memory(pool: Any, asked: list[Buffer]) -> PoolMemory:
         for limit in (
             settings.budget_bytes,
             settings.maximum_bytes,
-            sum(buffer.size_bytes for buffer in asked),
+            sum(buffer.parts * buffer.part_bytes for buffer in asked),
         )
         if limit is not None
     )
