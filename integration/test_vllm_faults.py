@@ -56,9 +56,12 @@ class Patient:
 
     def heal(self) -> Counter[str]:
         """What has failed meanwhile."""
-        failed = Counter((self._faults / "failed").read_text().split())
+        failed = self.failed()
         self.fail()
         return failed
+
+    def failed(self) -> Counter[str]:
+        return Counter((self._faults / "failed").read_text().split())
 
     def accounts(self) -> list[AccountView]:
         return list(self.ledger.snapshot().accounts)
@@ -141,12 +144,13 @@ def test_all_calls_fail_for_a_while(
         sampled(patient.uncounted_bytes, 0.005) as uncounted,
     ):
         serving = threads.submit(patient.server.complete_all, requests[some])
-        time.sleep(1.2)
+        assert wait_until(lambda: patient.failed()[kind] > 0, 20)
+        time.sleep(1.0)
         queues = not serving.done()
         failed = patient.heal()
         answers = serving.result(60)
 
-    assert failed[kind] > 0
+    assert set(failed) == {kind}
     assert queues or kind == "unmap", "what cannot be given back is in nobody's way"
     assert answers == reference[some]
     assert max(uncounted) == 0
