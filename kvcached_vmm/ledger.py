@@ -10,6 +10,7 @@ whoever looks next. Readers take no lock.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import struct
@@ -27,6 +28,7 @@ from kvcached_vmm import records
 from kvcached_vmm.bell import Bell
 from kvcached_vmm.errors import LedgerBusy, LedgerError
 from kvcached_vmm.fairness import SILENCE_SECONDS, Claim, claim_of, fair_shares
+from kvcached_vmm.generations import is_replaced, refuse_if_deleted, replaced
 from kvcached_vmm.locks import (
     PATIENT_SECONDS,
     Writing,
@@ -44,6 +46,9 @@ from kvcached_vmm.units import format_size
 CALM_SECONDS = 1.0
 """How long the most that an engine needed counts as what it needs: shares do not swing with every
 step of it."""
+
+CHECK_SECONDS = 0.2
+"""How often an engine looks whether the ledger is still where others find it."""
 
 LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000.0
 """One engine's weight is a divisor in what all others reckon."""
@@ -68,6 +73,12 @@ class Ledger:
         self._count = memoryview(self._map)[records.CHANGES_AT : records.CHANGES_AT + 8].cast("Q")
         self._writing = Writing(path, fd, self._count)
         self._own: int | None = None
+        self._who = b""
+        self._agreed: tuple[Any, ...] = ()
+        """The header that stays as it is while we have an account, and, below, what only grows."""
+        self._most_used = 0
+        self._checked_at = -math.inf
+        self._is_replaced = False
         self._read: dict[int, tuple[bytes, Record]] = {}
         self.bell = Bell(self._map, records.BELL_AT)
         _open_ledgers.add(self)
@@ -163,6 +174,7 @@ class Ledger:
             used = list(self._used())
             budget = self._header()[3]
             if not used:
+                refuse_if_deleted(self.path, _is_in_use)
                 budget = budget_bytes or default_budget_bytes
                 self._map[16:28] = struct.pack("<qI", budget, budget_bytes is not None)
             elif budget_bytes is not None and budget_bytes != budget:
@@ -194,6 +206,8 @@ class Ledger:
             self._write(slot, records.WHO, who)
             self._map[28:32] = struct.pack("<I", max(self._header()[5], slot + 1))
             self._own = slot
+            self._agreed, self._most_used = self._header()[:5], self._header()[5]
+            self._who = records.WHO.pack(who)
             return account
 
     def set_terms(
@@ -248,6 +262,35 @@ class Ledger:
 
     def _header(self) -> tuple[bytes, int, int, int, int, int]:
         return records.HEADER.unpack_from(self._map)
+
+    def _check_header(self) -> int:
+        """The budget.
+
+        Raises:
+            LedgerError: what nobody writes while we are here has changed, or the file is no longer
+                the one that others find.
+        """
+        header = self._header()
+        if header[:5] != self._agreed or header[5] < self._most_used:
+            raise LedgerError(
+                f"The header of the ledger {self.path} is damaged; stop the engines on "
+                f"{self.device} and delete the file, or set KVCACHED_DIR to another folder."
+            )
+        self._most_used = header[5]
+        if self._is_replaced:
+            raise replaced(self.path)
+        return header[3]
+
+    def _check_place(self, now: float) -> None:
+        """Now and then: is this still the file that others find, and are we to be seen in it?"""
+        if now - self._checked_at < CHECK_SECONDS or self._own is None:
+            return
+        self._checked_at = now
+        self._is_replaced = is_replaced(self.path, self._fd)
+        at = _at(self._own) + records.WHO.at
+        if self._map[at : at + len(self._who)] != self._who:
+            with contextlib.suppress(LedgerBusy), self._writing:
+                self._map[at : at + len(self._who)] = self._who
 
     def _pid(self, slot: int) -> int:
         return int(_PID.unpack_from(self._map, _at(slot))[0])
@@ -510,6 +553,7 @@ class Account:
             )
             self._late = True
             self._tell(counters)
+            ledger._check_place(now)
         if wanted_bytes + coveted_bytes > use.wanted + use.coveted:
             ledger._ring()
 
@@ -617,7 +661,7 @@ class Account:
 
     def _grant(self, wanted: int, unit: int, free: int) -> int:
         ledger = self._ledger
-        _, _, _, budget, set_by_user, _ = ledger._header()
+        budget, set_by_user = ledger._check_header(), ledger._agreed[4]
         others = self._others
         if others.epoch != ledger._writing.epoch:
             others = self._others = self._look_at_others()
@@ -702,6 +746,11 @@ def _terms(
 
 def _flat(counters: Counters) -> tuple[object, ...]:
     return tuple(vars(counters).values())
+
+
+def _is_in_use(fd: int) -> bool:
+    """Whether engines that live are in the ledger that ``fd`` is of."""
+    return any(is_locked(fd, 1 + slot) for slot in range(records.SLOTS))
 
 
 def _is_whole(fd: int) -> bool:

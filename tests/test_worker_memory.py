@@ -236,3 +236,15 @@ def test_the_queue_may_grow_while_it_is_counted() -> None:
         pool=SimpleNamespace(extents=SimpleNamespace(block_bytes=PAGE)),
     )
     assert Steward._queued_bytes(steward) == 2 * PAGE  # type: ignore[arg-type]
+
+
+def test_a_step_that_needs_much_gets_it_piece_by_piece_from_a_driver_that_often_fails(
+    worker: Worker,
+) -> None:
+    """All at once would take some 3,000 attempts, and the engine would give up."""
+    made, driver = worker
+    driver.fail(at_random(1, 0.15, ("create", "map", "allow")))
+    began = time.monotonic()
+    run(made, step(1, list(range(1, 16))))
+    assert made.arena.committed == set(range(16))
+    assert time.monotonic() - began < 10

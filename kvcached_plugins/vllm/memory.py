@@ -202,19 +202,25 @@ class WorkerMemory:
                 self.arena.decommit(quiet)
 
     def _commit(self, extents: set[int]) -> None:
-        """Commit, waiting for memory that others hold; the process ends if none comes."""
+        """Commit, waiting for memory that others hold; the process ends if none comes.
+
+        All at once, or else one after the other: what has been had is kept.
+        """
         deadline = time.monotonic() + PATIENCE_SECONDS
         pause, complained, accounted = 0.001, False, False
+        parts = [extents]
         while True:
             try:
                 if not accounted:
                     self._account_for(extents)
                     accounted = True
                 with self._timed():
-                    self.arena.commit(extents)
+                    for part in parts:
+                        self.arena.commit(part)
                 return
             except DriverError as error:
                 self._leftovers.look()
+                parts = [{extent} for extent in sorted(extents)]
                 if time.monotonic() > deadline:
                     # vLLM only logs an exception of a worker whose output nobody reads, and the
                     # others would wait for it for ever: end the process.
