@@ -157,7 +157,7 @@ def make_mha_dtype() -> Any:
 def test_a_pool_that_the_budget_cannot_hold_an_extent_of_is_refused(
     hooked: Any, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvcached_plugins.vllm.refusal import Refusal
+    from kvcached_plugins.refusal import Refusal
 
     monkeypatch.setenv("KVCACHED_BUDGET", "64KiB")
     with pytest.raises(Refusal, match="less than one extent"):
@@ -166,7 +166,7 @@ def test_a_pool_that_the_budget_cannot_hold_an_extent_of_is_refused(
 
 
 def test_a_pool_smaller_than_a_mapping_is_refused(hooked: Any, ledger: Ledger) -> None:
-    from kvcached_plugins.vllm.refusal import Refusal
+    from kvcached_plugins.refusal import Refusal
 
     with pytest.raises(Refusal, match="raise KVCACHED_BUDGET"):
         make_mha(hooked, size=16)
@@ -201,8 +201,8 @@ def test_a_buffer_that_pages_do_not_divide_is_refused() -> None:
 
 
 def test_a_hook_on_what_somebody_else_has_patched_is_refused(hooked: Any) -> None:
+    from kvcached_plugins.refusal import Refusal
     from kvcached_plugins.sglang import plugin
-    from kvcached_plugins.vllm.refusal import Refusal
 
     with pytest.raises(Refusal, match="another plugin has patched"):
         plugin.apply(plugin.HOOKS[-1:], contract.installed("sglang")[1])
@@ -210,8 +210,8 @@ def test_a_hook_on_what_somebody_else_has_patched_is_refused(hooked: Any) -> Non
 
 def test_a_hook_that_sglang_could_not_apply_is_refused(hooked: Any) -> None:
     """SGLang itself logs it and goes on."""
+    from kvcached_plugins.refusal import Refusal
     from kvcached_plugins.sglang import plugin
-    from kvcached_plugins.vllm.refusal import Refusal
 
     gone = plugin.Hook("sglang.srt.managers.scheduler.Scheduler.gone", "engine:run_batch")
     with pytest.raises(Refusal, match=r"did not let us patch .*Scheduler\.gone"):

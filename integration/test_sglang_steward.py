@@ -265,8 +265,23 @@ def test_prefixes_that_an_idle_engine_kept_for_long_enough_are_forgotten(
     assert case.committed() == 1
 
 
+def test_a_trim_and_a_lower_maximum_take_what_can_be_spared(cases: Callable[..., Case]) -> None:
+    case = cases()
+    case.scheduler.tree_cache.cached = [case.allocator.alloc(20)]
+    ledger = case.world.ledger
+    ledger.set_terms(ledger.snapshot().accounts[0], maximum_bytes=2 * EXTENT_BYTES)
+    assert case.memory.budget.rung()
+    case.look()
+    assert case.committed() <= 2
+    ledger.set_terms(ledger.snapshot().accounts[0], trim=True)
+    case.look()
+    assert case.committed() == 1
+
+
 def test_a_bound_on_cached_prefixes_holds_while_requests_run(cases: Callable[..., Case]) -> None:
-    case = cases(KVCACHED_CACHE_MAX=f"{8 * GRANULARITY}")
+    case = cases()
+    ledger = case.world.ledger
+    ledger.set_terms(ledger.snapshot().accounts[0], cache_bytes=8 * GRANULARITY)
     case.scheduler.running_batch = Batch(1)
     case.scheduler.tree_cache.cached = [case.allocator.alloc(4) for _ in range(5)]
     case.look()

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from kvcached_plugins import contract
+from kvcached_plugins.refusal import Refusal
 from kvcached_plugins.sglang.plugin import FIRST_PROCESS_HOOKS, HOOKS, expected, register
 from kvcached_plugins.sglang.refusal import refuse_unsupported, unsupported
-from kvcached_plugins.vllm.refusal import Refusal
 
 ALL = (*FIRST_PROCESS_HOOKS, *HOOKS)
 RELEASES = [contract.load("sglang", name).version for name in contract.supported("sglang")]

@@ -124,12 +124,16 @@ class ExtentBudget:
         """Whether somebody has asked for attention since ``owed_bytes`` was last called."""
         return self._account.rings != self._heard
 
+    def others_need(self) -> bool:
+        """Whether another engine could do with more."""
+        return self._account.others_wait() or self._account.others_covet()
+
     def owed_bytes(self) -> int:
         """Bytes to give back: what other engines are due, what we use beyond our own limit, or
         everything if somebody has asked for that."""
         self._heard = self._account.rings
         owed = max(0, self.used_bytes - self.limit_bytes)
-        if self._account.others_wait() or self._account.others_covet():
+        if self.others_need():
             view = self._account.view()
             owed = max(owed, owed_bytes(view, self._account.slot, time.monotonic()))
         trims = self._account.terms.trims

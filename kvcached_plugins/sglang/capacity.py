@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from kvcached_plugins.refusal import Refusal
 from kvcached_plugins.settings import Settings
-from kvcached_plugins.sglang.memory import device_driver
-from kvcached_plugins.vllm.refusal import Refusal
 from kvcached_vmm.errors import KVCachedError
 from kvcached_vmm.ledger import Ledger
+from kvcached_vmm.tensors import device_driver
 from kvcached_vmm.units import GIB
 
 

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from kvcached_plugins.refusal import Refusal, expect_refusals, wait_for_engine_startup
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.sglang import pools
 from kvcached_plugins.sglang.allocators import ElasticPagedAllocator, ElasticTokenAllocator
 from kvcached_plugins.sglang.ranks import Agreement
 from kvcached_plugins.sglang.refusal import refuse_unsupported
 from kvcached_plugins.sglang.steward import Steward
-from kvcached_plugins.vllm.refusal import Refusal, expect_refusals, wait_for_engine_startup
 from kvcached_vmm.errors import KVCachedError
 from kvcached_vmm.locks import private_directory
 

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from kvcached_plugins.refusal import Refusal
 from kvcached_plugins.sglang.budget import ExtentBudget
 from kvcached_plugins.sglang.pages import PageBook
-from kvcached_plugins.vllm.refusal import Refusal
 from kvcached_vmm.arena import Arena
-from kvcached_vmm.driver import Driver
 from kvcached_vmm.errors import DriverError
 from kvcached_vmm.fence import Mark, Passed, Quarantine
 from kvcached_vmm.tensors import StreamMarks
@@ -21,18 +20,6 @@ logger = logging.getLogger("sglang.kvcached")
 
 PATIENCE_SECONDS = 60.0
 """How long we wait for memory that we cannot do without before the process ends."""
-
-
-def device_driver(device: torch.device) -> Driver:
-    """The driver of a torch device."""
-    if device.type == "cuda":
-        from kvcached_vmm.cuda_driver import CudaDriver
-
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        return CudaDriver(index)
-    from kvcached_vmm.host_driver import HostDriver
-
-    return HostDriver()
 
 
 class AllPassed:

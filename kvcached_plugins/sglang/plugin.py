@@ -128,7 +128,7 @@ def apply(hooks: Iterable[Hook], version: str) -> None:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from kvcached_plugins.vllm.refusal import Refusal
+    from kvcached_plugins.refusal import Refusal
 
     wanted = expected(hooks, version)
     for hook in wanted:
@@ -152,7 +152,7 @@ def apply(hooks: Iterable[Hook], version: str) -> None:
 
 def _check() -> str:
     from kvcached_plugins import contract, settings
-    from kvcached_plugins.vllm.refusal import Refusal
+    from kvcached_plugins.refusal import Refusal
     from kvcached_vmm.errors import KVCachedError
 
     try:

@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvcached_plugins.refusal import Refusal
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.sglang.allocators import ATTRIBUTE
 from kvcached_plugins.sglang.budget import ExtentBudget
-from kvcached_plugins.sglang.memory import PoolMemory, device_driver
-from kvcached_plugins.vllm.refusal import Refusal
+from kvcached_plugins.sglang.memory import PoolMemory
 from kvcached_vmm.arena import Arena
 from kvcached_vmm.driver import Driver
 from kvcached_vmm.errors import EngineUnsupported, KVCachedError
 from kvcached_vmm.extents import EXTENT_BYTES, ExtentMap, Region, blocks_per_extent
-from kvcached_vmm.tensors import arena_tensor
+from kvcached_vmm.tensors import arena_tensor, device_driver
 from kvcached_vmm.units import ceil_to, format_size
 
 EXTENTS_PER_BUDGET = 64

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from kvcached_plugins.refusal import Refusal
 from kvcached_plugins.settings import Settings
-from kvcached_plugins.vllm.refusal import Refusal
 from kvcached_vmm.errors import KVCachedError
 
 _TURN_OFF = "unset ENABLE_KVCACHED to run without an elastic KV cache."

@@ -233,6 +233,8 @@ class Steward:
         memory, allocator = self.memory, self.allocator
         in_step = self._agree.ranks > 1
         memory.collect(wait=in_step)
+        if memory.budget.others_need():
+            self._report()  # what we owe follows from what the ledger knows of us
         now_us, room, lessened = self._agree(
             int(now * 1e6), memory.budget.room(), -memory.budget.owed_bytes()
         )
