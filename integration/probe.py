@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from kvcached_vmm.ledger import Account
+from kvcached_vmm.account import Account
 from kvcached_vmm.units import format_size
 
 LOOK_SECONDS = 0.0002

@@ -18,8 +18,9 @@ import pytest
 from integration.sglang_engine import needs_sglang
 from integration.test_sglang_allocators import SPAN, World
 from kvcached_plugins.settings import Settings
+from kvcached_vmm.account import Account
 from kvcached_vmm.host_driver import GRANULARITY
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.ledger import Ledger
 
 pytestmark = [pytest.mark.engine, needs_sglang]
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from kvcached_plugins.hub import owed_bytes
+from kvcached_vmm.account import Account
 from kvcached_vmm.errors import LedgerBusy, LedgerError
-from kvcached_vmm.ledger import Account
 from kvcached_vmm.policy import Spending
 from kvcached_vmm.records import NO_LIMIT, Counters
 

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from zlib import crc32
 
+from kvcached_vmm.errors import LedgerError
+from kvcached_vmm.units import format_size
+
 MAGIC = b"KVLEDGER"
 VERSION = 2
 SLOTS = 256
@@ -28,6 +31,8 @@ HEADER_BYTES = 256
 RECORD_BYTES = 512
 FILE_BYTES = HEADER_BYTES + SLOTS * RECORD_BYTES
 NO_LIMIT = 1 << 62
+LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000.0
+"""One engine's weight is a divisor in what all others reckon."""
 AGES = 8
 """Parcels of equal size that an engine's evictable bytes are described by, oldest first."""
 
@@ -75,6 +80,31 @@ class Terms(NamedTuple):
     weight: float
     cache: int
     trims: int
+
+    def check(self) -> None:
+        """
+        Raises:
+            LedgerError: no engine can have such terms, whatever the budget.
+        """
+        sizes = self.minimum, self.maximum, max(self.cache, 0)
+        if not all(0 <= size <= NO_LIMIT for size in sizes):
+            raise LedgerError("A limit is not accepted: give 0 or more and less than 4 EiB.")
+        if not LEAST_WEIGHT <= self.weight <= MOST_WEIGHT:
+            raise LedgerError(
+                f"A weight of {self.weight:g} is not accepted: give a number from "
+                f"{LEAST_WEIGHT:g} to {MOST_WEIGHT:g}."
+            )
+        if self.minimum > self.maximum:
+            raise LedgerError(
+                f"A minimum of {format_size(self.minimum)} is more than the maximum of "
+                f"{format_size(self.maximum)}; raise that first."
+            )
+
+    @classmethod
+    def of(cls, minimum: int, maximum: int | None, weight: float, cache: int | None) -> Terms:
+        """The first terms of an engine; None: no maximum, no bound."""
+        most = NO_LIMIT if maximum is None else maximum
+        return cls(0, minimum, most, weight, -1 if cache is None else cache, 0)
 
 
 class Use(NamedTuple):
@@ -146,6 +176,11 @@ def parse(raw: bytes) -> Record | None:
         Use(*use[:_PLAIN], use[_PLAIN:]),  # type: ignore[arg-type,call-arg]
         Counters(*counters),  # type: ignore[arg-type]
     )
+
+
+def record_at(slot: int) -> int:
+    """Where the record of ``slot`` begins in the file."""
+    return HEADER_BYTES + slot * RECORD_BYTES
 
 
 def rewrite_sums(use: bytearray, committed: int, reserved: int) -> None:

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, settings
 from tiny_engine import nothing_installed, site
 
 from kvcached_plugins.cli import main
+from kvcached_vmm.account import Account
 from kvcached_vmm.host_driver import HostDriver
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.units import MIB
 
 __all__ = ["nothing_installed", "site"]

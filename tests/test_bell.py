@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from kvcached_vmm import bell as bell_module
+from kvcached_vmm.account import Account
 from kvcached_vmm.bell import Bell
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.units import MIB
 
 BUDGET = 100 * MIB

@@ -14,7 +14,8 @@ from pool_state import check_pool
 
 from integration.benchmarks import churn, ledger_ops, ledger_storm
 from integration.benchmarks.traces import LOADS, Load, Step, Trace, simulated
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.account import Account
+from kvcached_vmm.ledger import Ledger
 
 has_vllm = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not has_vllm, reason="vllm is not installed")

@@ -12,10 +12,10 @@ from faults import FaultyDriver, every
 
 from kvcached_plugins import contract, doctor
 from kvcached_plugins.doctor import FAIL, NOTE, OK, Finding
+from kvcached_vmm.account import Account
 from kvcached_vmm.driver import Driver
 from kvcached_vmm.errors import ContractError, DeviceUnsupported
 from kvcached_vmm.host_driver import HostDriver
-from kvcached_vmm.ledger import Account
 from kvcached_vmm.units import MIB
 
 Join = Callable[..., Account]

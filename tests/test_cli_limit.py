@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvcached_vmm.ledger import Account
+from kvcached_vmm.account import Account
 from kvcached_vmm.units import MIB
 
 Join = Callable[..., Account]

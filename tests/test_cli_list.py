@@ -16,7 +16,7 @@ from rich.cells import cell_len
 
 from kvcached_plugins.cli import figures
 from kvcached_plugins.cli.figures import short
-from kvcached_vmm.ledger import Account
+from kvcached_vmm.account import Account
 from kvcached_vmm.units import GIB, KIB, MIB
 
 Join = Callable[..., Account]

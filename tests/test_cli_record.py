@@ -15,7 +15,7 @@ import pytest
 
 from kvcached_plugins import timeline
 from kvcached_plugins.cli import picture
-from kvcached_vmm.ledger import Account
+from kvcached_vmm.account import Account
 from kvcached_vmm.units import MIB
 
 Join = Callable[..., Account]

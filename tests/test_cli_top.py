@@ -27,7 +27,7 @@ from kvcached_plugins import control, timeline
 from kvcached_plugins.cli import screen
 from kvcached_plugins.cli.figures import Parts
 from kvcached_plugins.cli.history import History
-from kvcached_vmm.ledger import Account
+from kvcached_vmm.account import Account
 from kvcached_vmm.records import AccountView, Counters, LedgerView
 from kvcached_vmm.units import GIB, MIB
 

@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcached_plugins import control, limits
+from kvcached_vmm.account import Account
 from kvcached_vmm.errors import LedgerError
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.units import LARGEST, MIB
 
 fork = multiprocessing.get_context("fork")

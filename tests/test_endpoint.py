@@ -14,7 +14,8 @@ import pytest
 from kvcached_plugins.limits import Change
 from kvcached_plugins.vllm import endpoint
 from kvcached_plugins.vllm.endpoint import Endpoint
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.account import Account
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.records import AccountView
 from kvcached_vmm.units import GIB, MIB
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.account import Account
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.units import MIB
 
 COMMAND = [sys.executable, "-c", "from kvcached_plugins.cli import main; main()", "exporter"]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcached_vmm import ledger as ledger_module
+from kvcached_vmm import account as account_module
 from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.units import MIB
 
@@ -134,7 +134,7 @@ def test_endless_demand_settles_at_fair_shares_and_stays_there(
     queue_bytes: int,
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(ledger_module, "time", clock)
+    monkeypatch.setattr(account_module, "time", clock)
     with crowd(folder, weights, steps_s, queue_bytes, clock.monotonic) as engines:
         settled = clock.now + SETTLED_SECONDS
         play(clock, engines, SETTLED_SECONDS + 2)
@@ -150,7 +150,7 @@ def test_what_a_satisfied_engine_leaves_goes_to_those_that_want_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(ledger_module, "time", clock)
+    monkeypatch.setattr(account_module, "time", clock)
     with crowd(folder, [1, 1, 1], [0.01] * 3, 0, clock.monotonic) as engines:
         engines[2].account.commit(engines[2].account.reserve(MIB), 0)
         engines[2].account.report(0, 0)
@@ -164,7 +164,7 @@ def test_an_engine_that_has_stopped_while_it_waited_holds_nobody_back(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(ledger_module, "time", clock)
+    monkeypatch.setattr(account_module, "time", clock)
     with crowd(folder, [1, 1], [0.01] * 2, 2 * BUDGET, clock.monotonic) as engines:
         play(clock, engines, SETTLED_SECONDS)
         engines[1].account.release(engines[1].used)  # as when its process is under SIGSTOP

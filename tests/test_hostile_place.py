@@ -18,8 +18,9 @@ import pytest
 from kvcached_plugins import control
 from kvcached_plugins.shares import Shares
 from kvcached_vmm import records
+from kvcached_vmm.account import Account
 from kvcached_vmm.errors import LedgerError
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.units import MIB
 
 BUDGET = 100 * MIB
@@ -136,7 +137,7 @@ def test_an_engine_whose_ledger_is_replaced_gets_no_more_and_says_why_once(
     shares = Shares([(account, 1)])
     shares.commit(shares.reserve(40 * MIB, MIB), 30 * MIB)
     (folder / "host.ledger").unlink()
-    monkeypatch.setattr("kvcached_vmm.generations.os.listdir", lambda _: [])
+    monkeypatch.setattr("kvcached_vmm.ledger_file.os.listdir", lambda _: [])
     engines("other generation")
     account.report(0, 0)
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from kvcached_vmm.account import Account
 from kvcached_vmm.errors import LedgerError
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.units import MIB
 
 BUDGET = 100 * MIB

@@ -20,8 +20,9 @@ from pathlib import Path
 import pytest
 
 from kvcached_plugins.shares import Shares
+from kvcached_vmm.account import Account
 from kvcached_vmm.errors import LedgerBusy
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.records import AccountView
 from kvcached_vmm.units import MIB
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from kvcached_vmm.account import Account
 from kvcached_vmm.errors import LedgerError
-from kvcached_vmm.ledger import Account, Ledger, devices
+from kvcached_vmm.ledger import Ledger, devices
 from kvcached_vmm.records import AccountView
 from kvcached_vmm.units import MIB
 

@@ -17,7 +17,8 @@ from kvcached_plugins.metrics import (
     LedgerCollector,
     read_ledgers,
 )
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.account import Account
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.records import AccountView, Counters
 from kvcached_vmm.units import MIB
 

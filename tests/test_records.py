@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from kvcached_vmm import records
+from kvcached_vmm.account import Account
 from kvcached_vmm.errors import LedgerError
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.records import COUNTERS, TERMS, USE, WHO, AccountView, Counters, Section, Terms
 from kvcached_vmm.units import MIB
 

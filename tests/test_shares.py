@@ -9,7 +9,8 @@ import pytest
 
 from kvcached_plugins.shares import Shares
 from kvcached_vmm import records
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.account import Account
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.policy import Spending
 from kvcached_vmm.units import MIB
 

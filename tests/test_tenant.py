@@ -12,9 +12,10 @@ from test_pool import Block
 from kvcached_plugins import tenant
 from kvcached_plugins.shares import Shares
 from kvcached_plugins.tenant import Tenant
+from kvcached_vmm.account import Account
 from kvcached_vmm.extents import ExtentMap, Region
 from kvcached_vmm.fence import StepClock
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.policy import Policy
 from kvcached_vmm.pool import ElasticPool
 from kvcached_vmm.records import AccountView

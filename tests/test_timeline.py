@@ -12,7 +12,7 @@ import pytest
 
 from kvcached_plugins import control, timeline
 from kvcached_plugins.control import Reading
-from kvcached_vmm.ledger import Account
+from kvcached_vmm.account import Account
 from kvcached_vmm.records import Counters
 from kvcached_vmm.units import MIB
 

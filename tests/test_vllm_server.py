@@ -17,7 +17,8 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from kvcached_plugins.vllm import metrics
 from kvcached_plugins.vllm.server import OwnEngines
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.account import Account
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.records import AccountView
 from kvcached_vmm.units import MIB
 

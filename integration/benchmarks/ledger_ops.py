@@ -26,7 +26,8 @@ from pathlib import Path
 from statistics import median
 
 from integration.gpu.record import MemorySampler, facts, write_json
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.account import Account
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.units import GIB, MIB
 
 DEVICE = "bench"

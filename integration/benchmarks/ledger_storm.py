@@ -29,8 +29,9 @@ from pathlib import Path
 from types import TracebackType
 
 from integration.gpu.record import MemorySampler, facts, write_json
+from kvcached_vmm.account import Account
 from kvcached_vmm.errors import LedgerBusy, LedgerError
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.records import FILE_BYTES, NO_LIMIT, LedgerView
 from kvcached_vmm.units import GIB, MIB
 

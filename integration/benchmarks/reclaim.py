@@ -28,8 +28,9 @@ from integration.engine import BLOCK_TOKENS, Request, Server
 from integration.gpu.record import MemorySampler, facts, write_json
 from integration.models import CACHE_HEAVY, write_model
 from integration.probe import wait_for_grant
+from kvcached_vmm.account import Account
 from kvcached_vmm.host_driver import HostDriver
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.units import MIB, format_size, parse_size
 
 TOKEN_BYTES = 2 * CACHE_HEAVY.kv_bytes_per_token

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from kvcached_plugins.hub import owed_bytes, plugins
 from kvcached_plugins.settings import Settings
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.account import Account
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.records import AGES, Counters
 
 EVERYTHING = 1 << 62

@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 
+from kvcached_vmm.account import Account
 from kvcached_vmm.arena import Arena
 from kvcached_vmm.errors import LedgerError
-from kvcached_vmm.ledger import Account
 from kvcached_vmm.units import format_size
 
 logger = logging.getLogger("vllm.kvcached")

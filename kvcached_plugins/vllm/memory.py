@@ -17,12 +17,13 @@ from kvcached_plugins.refusal import Refusal
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan, extent_map
 from kvcached_plugins.vllm.leftovers import Leftovers
+from kvcached_vmm.account import Account
 from kvcached_vmm.arena import Arena
 from kvcached_vmm.driver import Driver
 from kvcached_vmm.errors import DriverError
 from kvcached_vmm.extents import Footprint
 from kvcached_vmm.fence import Mark, Passed, Quarantine
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.tensors import StreamMarks, arena_tensor, device_driver
 from kvcached_vmm.units import format_size
 

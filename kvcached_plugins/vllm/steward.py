@@ -23,12 +23,13 @@ from kvcached_plugins.vllm.memory import (
     WorkerReport,
 )
 from kvcached_plugins.vllm.pool import ElasticBlockPool, ElasticFreeQueue
+from kvcached_vmm.account import Account
 from kvcached_vmm.driver import Driver
 from kvcached_vmm.errors import DriverError, EngineUnsupported, KVCachedError
 from kvcached_vmm.extents import ExtentMap
 from kvcached_vmm.fence import StepClock
 from kvcached_vmm.host_driver import HostDriver
-from kvcached_vmm.ledger import Account, Ledger
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.policy import Policy
 from kvcached_vmm.units import format_size
 
