@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from kvcached_plugins.shares import Shares
+from kvcached_vmm.admission import Admission
 from kvcached_vmm.policy import Spending
 
 ASK_SECONDS = 0.005
@@ -31,13 +32,10 @@ class Spender(Protocol):
     """What a tenant needs to know of an engine's pool. Sizes are in bytes and those of one worker.
 
     Attributes:
-        limit_bytes: requests are admitted as long as what is live stays below.
-        share_bytes: likewise while others wait, but one request is always admitted; None: nobody
-            does.
+        admission: which requests may begin, and what was asked for in vain.
     """
 
-    limit_bytes: int
-    share_bytes: int | None
+    admission: Admission
 
     @property
     def committed_bytes(self) -> int: ...
@@ -46,11 +44,6 @@ class Spender(Protocol):
 
     def look_at_cache(self) -> None:
         """Bring up to date what ``spending`` says of the cache."""
-        ...
-
-    def shortage(self) -> tuple[int, int]:
-        """What was asked for in the last round and not granted: in vain, and at the expense of
-        cached blocks."""
         ...
 
     def reclaim(self, wanted_bytes: int) -> list[int]:
@@ -79,7 +72,7 @@ class Tenant:
         self._pool = pool
         self._trims = shares.trims()
         self._cache_bytes = shares.cache_bytes()
-        pool.limit_bytes = shares.limit_bytes()
+        pool.admission.limit_bytes = shares.limit_bytes()
         self._asked = self._reported = self._waiting_since = 0.0
         self._calm_at = 0.0
         self._short_at = -HOLD_SECONDS
@@ -96,16 +89,16 @@ class Tenant:
             return []
         self._asked = now
         shares, pool = self._shares, self._pool
-        pool.limit_bytes = shares.limit_bytes()
+        pool.admission.limit_bytes = shares.limit_bytes()
         self._cache_bytes = shares.cache_bytes()
         pool.bound_cache(self._cache_bytes)
-        owed = pool.committed_bytes - pool.limit_bytes
+        owed = pool.committed_bytes - pool.admission.limit_bytes
         waits = shares.others_wait()
         if waits:
             self._calm_at = now + CALM_SECONDS
-            pool.share_bytes = shares.fair_share_bytes()
+            pool.admission.share_bytes = shares.fair_share_bytes()
         elif now > self._calm_at:
-            pool.share_bytes = None
+            pool.admission.share_bytes = None
         if waits or shares.others_covet():
             pool.look_at_cache()
             self.report(force=True)
@@ -123,13 +116,13 @@ class Tenant:
             shares.others_wait()
             or shares.others_covet()
             or shares.trims() != self._trims
-            or shares.limit_bytes() != pool.limit_bytes
+            or shares.limit_bytes() != pool.admission.limit_bytes
             or shares.cache_bytes() != self._cache_bytes
         )
 
     def report(self, force: bool = False) -> None:
         """Tell the others how we are: at once when a need is new, else now and then."""
-        wanted, coveted = self._pool.shortage()
+        wanted, coveted = self._pool.admission.shortage()
         now = time.monotonic()
         if wanted:
             self._short_at = now

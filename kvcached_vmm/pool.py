@@ -19,26 +19,32 @@ import itertools
 import threading
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Generic
 
+from kvcached_vmm.admission import Admission
 from kvcached_vmm.extents import ExtentMap
 from kvcached_vmm.fence import StepClock
 from kvcached_vmm.holding import Holding
 from kvcached_vmm.policy import B, Budget, Policy, Spending
-from kvcached_vmm.recency import EMPTY, IDLE, LEAVING, RESIDENT, UNUSED, Extent, Uses, remove_last
-from kvcached_vmm.records import AGES
+from kvcached_vmm.recency import (
+    AGES_SECONDS,
+    EMPTY,
+    IDLE,
+    LEAVING,
+    RESIDENT,
+    UNUSED,
+    CacheAges,
+    Extent,
+    Uses,
+    evictable,
+    remove_last,
+)
 
 LOOK_SECONDS = 0.1
 """How often ``tick`` looks for extents that have become idle or too old; less if they decay sooner.
 A look costs about 0.2 us for each block on the stack."""
-
-AGES_SECONDS = 1.0
-"""How often ``tick`` finds out how old the cache is, for neighbours that may come to need it."""
-
-AGES_SAMPLE = 256
-"""How many cached extents are looked at for that, of those that there are: 0.1 ms."""
 
 RELEASE_BATCH = 4
 """Extents given back beside a step. A driver call takes up to 0.2 ms while kernels run (H200), and
@@ -95,15 +101,8 @@ class ElasticPool(Generic[B]):
         self._granted_blocks = 0
         self._looked = -1.0
         self._leaving = 0
-        self._short_blocks = self._coveted_blocks = 0
-        self._shortage = 0, 0
-        self._ages: list[float] = []
-        self._each = 1
-        self._aged_at = -AGES_SECONDS
-        self.limit_bytes = extents.size_bytes
-        """``admits`` as long as what is live stays below."""
-        self.share_bytes: int | None = None
-        """Likewise while other engines wait, but then one request is always admitted."""
+        self.admission = Admission(extents)
+        self._ages: CacheAges[B] = CacheAges(self._unit)
         self.num_free_blocks = 0
         """Blocks that can be handed out now without asking anybody: free, cached, and granted."""
         self.wake()
@@ -123,55 +122,32 @@ class ElasticPool(Generic[B]):
         """Bytes of extents that have memory, or whose release is under way."""
         return self._holding.bytes
 
-    @property
-    def capacity_blocks(self) -> int:
-        """How many blocks could be live at most."""
-        limit = self.limit_bytes // self.extents.block_bytes
-        return max(1, min(limit, self.extents.num_blocks - 1))
-
     def spending(self) -> Spending:
         """What the committed bytes are good for; what could be evicted, as of the last
-        ``look_at_cache``.
-
-        Ages are the times at which extents without live blocks were last used, oldest first: one
-        for each eighth of them.
-        """
+        ``look_at_cache``."""
         with self.lock:
-            block, ages = self.extents.block_bytes, self._ages
+            block = self.extents.block_bytes
             return Spending(
                 self.live_blocks * block,
                 self._cached_blocks * block,
-                len(ages) * self._each * self._unit,
+                self._ages.size_bytes,
                 len(self._idle) * self._unit,
                 self._leaving * self._unit,
-                tuple(ages[len(ages) * part // AGES] for part in range(AGES)) if ages else (),
+                self._ages.parcels(),
             )
 
     def look_at_cache(self) -> None:
         """Find out what could be evicted, unless that was done just now."""
         with self.lock:
-            if self._now() - self._aged_at >= LOOK_SECONDS:
-                self._note_ages(self._sort())
+            now = self._now()
+            if now - self._ages.noted_at >= LOOK_SECONDS:
+                self._ages.note(self._uses.by_age(), self._sort(), now)
 
     def bound_cache(self, cache_bytes: int | None) -> None:
         """Cached blocks may hold this much from now on; None: no bound."""
         if cache_bytes != self.policy.cache_bytes:
             self.policy = replace(self.policy, cache_bytes=cache_bytes)
             self._looked = -1.0
-
-    def admits(self, count: int) -> bool:
-        """Whether a request that needs ``count`` blocks may begin, as far as limits are concerned.
-
-        A request that may not is counted as one that waits for memory.
-        """
-        live = self.live_blocks
-        held = (live + count) * self.extents.block_bytes
-        if held > self.limit_bytes:
-            return False
-        if live and self.share_bytes is not None and held > self.share_bytes:
-            self._short_blocks = max(self._short_blocks, count)
-            return False
-        return True
 
     @property
     def has_spare(self) -> bool:
@@ -267,24 +243,10 @@ class ElasticPool(Generic[B]):
         if short > 0:
             short = min(short, self._holding.spare * self._span)
             short -= self._reserve(-(-short // self._span)) * self._span
-            self._coveted_blocks = max(self._coveted_blocks, short)
+            self.admission.made_up_for(short)
         if count > self.num_free_blocks:
             # What was granted is not used then, and goes back.
-            missing = count - self.num_free_blocks + self._granted_blocks
-            self._short_blocks = max(self._short_blocks, missing)
-
-    def shortage(self) -> tuple[int, int]:
-        """Bytes that were asked for in the last scheduling round and not granted: those that
-        requests wait for, and those that cached blocks made up for."""
-        with self.lock:
-            short, coveted = self._shortage
-            wanted = -(-short // self._span) * self._unit
-            return wanted, max(0, -(-coveted // self._span) * self._unit - wanted)
-
-    def forget_shortage(self) -> None:
-        """There are no rounds any more, so nobody waits."""
-        with self.lock:
-            self._shortage = 0, 0
+            self.admission.refused(count - self.num_free_blocks + self._granted_blocks)
 
     def settle(self) -> list[int]:
         """A scheduling round is over: give unused grants back.
@@ -293,8 +255,7 @@ class ElasticPool(Generic[B]):
             Extents that the reserve wants committed ahead of need.
         """
         with self.lock:
-            self._shortage = self._short_blocks, self._coveted_blocks
-            self._short_blocks = self._coveted_blocks = 0
+            self.admission.settle()
             ahead: list[int] = []
             short = self.policy.reserve_bytes // self._unit - len(self._idle)
             if short > 0 and self.live_blocks:
@@ -325,8 +286,8 @@ class ElasticPool(Generic[B]):
                     self._uses.tidy()
                 self._heed_bound()
                 free_blocks = self._sort()
-                if now - self._aged_at >= AGES_SECONDS:
-                    self._note_ages(free_blocks)
+                if now - self._ages.noted_at >= AGES_SECONDS:
+                    self._ages.note(self._uses.by_age(), free_blocks, now)
             due = now - self.policy.decay_seconds
             spare = len(self._idle)
             if self.live_blocks:
@@ -346,12 +307,12 @@ class ElasticPool(Generic[B]):
             free_blocks = self._sort()
             own_bytes = self.extents.own_bytes
             spare = sum(own_bytes(extent.index) for extent in self._idle)
-            for extent in self._evictable(self._uses.by_age(), free_blocks):
+            for extent in evictable(self._uses.by_age(), free_blocks):
                 if spare >= wanted_bytes:
                     break
                 self._forget(extent)
                 spare += own_bytes(extent.index)
-            self._note_ages(self._sort())
+            self._ages.note(self._uses.by_age(), self._sort(), self._now())
             leaving: list[int] = []
             for extent in list(self._idle):
                 if wanted_bytes <= 0:
@@ -391,7 +352,7 @@ class ElasticPool(Generic[B]):
             self._stack.clear()
             self._idle.clear()
             self._resident_blocks = self.num_free_blocks = self._leaving = 0
-            self._ages = []
+            self._ages = CacheAges(self._unit)
 
     def wake(self) -> bool:
         """Ask for the memory of the first extent; False if the budget has none to grant now."""
@@ -446,22 +407,6 @@ class ElasticPool(Generic[B]):
             most = bound // self.extents.block_bytes
             while self._cached_blocks > most and (oldest := self._uses.oldest()):
                 self._forget(oldest)
-
-    def _evictable(
-        self, extents: Iterable[Extent[B]], free_blocks: dict[Extent[B], int]
-    ) -> Iterator[Extent[B]]:
-        """Those of ``extents``, which have cached blocks, that could be given back."""
-        for extent in extents:
-            free = len(extent.cached) + free_blocks.get(extent, 0)
-            if free == len(extent.blocks) and extent.index:
-                yield extent
-
-    def _note_ages(self, free_blocks: dict[Extent[B], int]) -> None:
-        extents = self._uses.by_age()
-        self._each = 1 + len(extents) // AGES_SAMPLE
-        evictable = self._evictable(extents[:: self._each], free_blocks)
-        self._ages = [extent.used[0] for extent in evictable]
-        self._aged_at = self._now()
 
     def _cached_among(self, blocks: Iterable[B]) -> int:
         """How many of ``blocks`` are cached; those of one extent should follow each other."""

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Generic
 
 from kvcached_vmm.policy import B
+from kvcached_vmm.records import AGES
 
 EMPTY, RESIDENT, IDLE, LEAVING = range(4)
+
+AGES_SECONDS = 1.0
+"""How often a pool finds out how old its cache is, for neighbours that may come to need it."""
+
+AGES_SAMPLE = 256
+"""How many cached extents are looked at for that, of those that there are: 0.1 ms."""
 
 Moment = tuple[float, int]
 """Seconds, and the last step launched by then. Moments are told apart by identity, not by value."""
@@ -80,6 +88,48 @@ class Uses(Generic[B]):
     def tidy(self) -> None:
         """Drop what does not count any more."""
         self._uses = deque((extent.used, [extent]) for extent in self.by_age())
+
+
+def evictable(
+    extents: Iterable[Extent[B]], free_blocks: Mapping[Extent[B], int]
+) -> Iterator[Extent[B]]:
+    """Those of ``extents``, which have cached blocks, that could be given back: the others of their
+    blocks are free. ``free_blocks`` says how many of them are."""
+    for extent in extents:
+        free = len(extent.cached) + free_blocks.get(extent, 0)
+        if free == len(extent.blocks) and extent.index:
+            yield extent
+
+
+class CacheAges(Generic[B]):
+    """How much of the cache could be given back, and when that was last used: an estimate."""
+
+    def __init__(self, unit_bytes: int) -> None:
+        self.noted_at = -AGES_SECONDS
+        """When that was looked at, in seconds on the pool's clock."""
+        self._unit = unit_bytes
+        self._each = 1
+        self._used_at: list[float] = []
+
+    @property
+    def size_bytes(self) -> int:
+        """What could be given back."""
+        return len(self._used_at) * self._each * self._unit
+
+    def note(
+        self, extents: Sequence[Extent[B]], free_blocks: Mapping[Extent[B], int], now: float
+    ) -> None:
+        """Look at a sample of the cached ``extents``, least recently used first."""
+        self._each = 1 + len(extents) // AGES_SAMPLE
+        sample = evictable(extents[:: self._each], free_blocks)
+        self._used_at = [extent.used[0] for extent in sample]
+        self.noted_at = now
+
+    def parcels(self) -> tuple[float, ...]:
+        """When it was last used, oldest first: one time for each ``AGES``-th part; () if nothing
+        could be given back."""
+        ages = self._used_at
+        return tuple(ages[len(ages) * part // AGES] for part in range(AGES)) if ages else ()
 
 
 def remove_last(blocks: list[B], block: B) -> bool:

@@ -45,7 +45,7 @@ class Engine:
     def admit(self, extents: int) -> list[Block]:
         """A request of so many extents, if it may begin and there is memory; else nothing."""
         count = 4 * extents
-        if not self.pool.admits(count):
+        if not self.pool.admission.admits(self.pool.live_blocks, count):
             self.tenant.report()
             return []
         self.pool.prepare(count)
@@ -149,9 +149,9 @@ def test_one_request_is_always_admitted_whatever_the_share(engines: tuple[Engine
     bob.queued = BUDGET
     bob.admit(19)
     ada.give_back()
-    assert ada.pool.share_bytes is not None
-    ada.pool.share_bytes = UNIT
-    assert ada.pool.admits(12)
+    assert ada.pool.admission.share_bytes is not None
+    ada.pool.admission.share_bytes = UNIT
+    assert ada.pool.admission.admits(ada.pool.live_blocks, 12)
 
 
 @pytest.mark.parametrize("maximum", [0, UNIT, 5 * UNIT])

@@ -116,7 +116,7 @@ def get_num_blocks_to_allocate(
     ]
     managers = coordinator.single_type_managers
     is_new = not any(manager.req_to_blocks.get(request_id) for manager in managers)
-    if is_new and not elastic.admits(count):
+    if is_new and not elastic.admission.admits(elastic.live_blocks, count):
         return int(pool.num_gpu_blocks)
     elastic.prepare(count + pool.margin_blocks, hits)
     return count

@@ -49,7 +49,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
     def get_usage(self) -> float:
         if self.elastic is None:
             return float(super().get_usage())
-        return min(1.0, self.elastic.live_blocks / self.elastic.capacity_blocks)
+        return min(1.0, self.elastic.live_blocks / self.elastic.admission.capacity_blocks)
 
     def reset_prefix_cache(self) -> bool:
         if self.elastic is None:

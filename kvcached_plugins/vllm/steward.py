@@ -217,7 +217,7 @@ class Steward:
                     self._shares.counters.driver_seconds = self._local.driver_seconds
                 if not self._stopped.is_set():
                     if not self._is_stepping():
-                        self.pool.forget_shortage()
+                        self.pool.admission.forget()
                     self._tenant.report(force=True)
         spare = now >= self._next_look and (self.pool.has_spare or self._leaving)
         if not spare and not self._tenant.must_answer():
