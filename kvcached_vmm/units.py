@@ -25,8 +25,9 @@ def parse_size(text: str) -> int:
         raise ValueError(f"{text!r} is not a size such as 512MiB or 2GiB")
     number, power = match.groups(default="")
     whole, _, part = number.partition(".")
-    unit: int = 1024 ** _POWER[power.lower()]
-    size = int(whole) * unit + int(part or 0) * unit // 10 ** len(part)
+    unit = 1 << 10 * _POWER[power.lower()]
+    tenths: int = 10 ** len(part)
+    size = int(whole) * unit + int(part or 0) * unit // tenths
     if size >= LARGEST:
         raise ValueError(f"{text!r} is more than any machine has")
     return size
