@@ -24,7 +24,10 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ValueError(f"{text!r} is not a size such as 512MiB or 2GiB")
     number, power = match.groups(default="")
-    size = int(float(number) * 1024 ** _POWER[power.lower()])
+    whole, _, part = number.partition(".")
+    unit = 1 << 10 * _POWER[power.lower()]
+    tenths: int = 10 ** len(part)
+    size = int(whole) * unit + int(part or 0) * unit // tenths
     if size >= LARGEST:
         raise ValueError(f"{text!r} is more than any machine has")
     return size

@@ -6,6 +6,7 @@ command does not fail for what another one needs.
 
 from __future__ import annotations
 
+import io
 import sys
 from importlib import import_module
 from typing import Annotated
@@ -120,7 +121,12 @@ def version() -> None:
 
 
 def main() -> None:
-    """Entry point: an error of ours is one sentence on stderr and exit status 2."""
+    """Entry point: an error of ours is one sentence on stderr and exit status 2.
+
+    Names and paths that the terminal cannot show are shown as escapes.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except KVCachedError as error:

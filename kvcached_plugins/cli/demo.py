@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from kvcached_plugins.cli.options import finite
 from kvcached_plugins.demo import picture, report
 from kvcached_plugins.demo.models import write_model
 from kvcached_plugins.demo.profiles import Profile, installed_profile
@@ -40,7 +41,10 @@ def demo(
         str | None, typer.Option(help="KV memory for both, such as 512MiB.", show_default="fitting")
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=1, max=600, help="How long to send bursts, in each of the modes.")
+        float,
+        typer.Option(
+            min=1, max=600, callback=finite, help="How long to send bursts, in each of the modes."
+        ),
     ] = 56.0,
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo-timeline.png"),
     engine: Annotated[EngineName, typer.Option(help="Which engine.")] = EngineName.vllm,

@@ -13,6 +13,7 @@ import typer
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.exposition import generate_latest
 
+from kvcached_plugins.cli.options import finite
 from kvcached_plugins.metrics import LedgerCollector
 from kvcached_plugins.settings import Settings
 from kvcached_vmm.errors import SettingsError
@@ -26,7 +27,14 @@ def exporter(
         typer.Option(metavar="FILE", help="Write this file and end, in place of listening."),
     ] = None,
     every: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="Write the file again and again.")
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            max=86400,
+            callback=finite,
+            help="Write the file again and again.",
+        ),
     ] = 0.0,
     directory: Annotated[
         Path | None,
@@ -75,6 +83,8 @@ def write_textfile(path: Path, registry: CollectorRegistry) -> None:
     Raises:
         SettingsError: the file cannot be written.
     """
+    if not path.name:
+        raise SettingsError("--textfile: give the name of a file.")
     content = generate_latest(registry)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -9,7 +9,7 @@ import typer
 
 from kvcached_plugins import control
 from kvcached_plugins.cli import figures
-from kvcached_plugins.cli.options import Directory
+from kvcached_plugins.cli.options import Directory, finite
 from kvcached_plugins.control import Engine
 from kvcached_vmm.errors import SettingsError
 from kvcached_vmm.records import AccountView
@@ -77,7 +77,10 @@ def trim(
     ] = None,
     everybody: Annotated[bool, typer.Option("--all", help="All engines.")] = False,
     wait: Annotated[
-        float, typer.Option(min=0, max=600, metavar="SECONDS", help="How long to watch at most.")
+        float,
+        typer.Option(
+            min=0, max=600, callback=finite, metavar="SECONDS", help="How long to watch at most."
+        ),
     ] = 3.0,
     directory: Directory = None,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -16,3 +17,10 @@ Directory = Annotated[
         show_default=False,
     ),
 ]
+
+
+def finite(seconds: float | None) -> float | None:
+    """For a number of seconds: a range lets ``nan`` through, which is in none."""
+    if seconds is not None and not math.isfinite(seconds):
+        raise typer.BadParameter(f"{seconds} is not a number of seconds.")
+    return seconds

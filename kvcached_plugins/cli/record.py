@@ -11,7 +11,7 @@ import typer
 
 from kvcached_plugins import control, timeline
 from kvcached_plugins.cli import figures, picture
-from kvcached_plugins.cli.options import Directory
+from kvcached_plugins.cli.options import Directory, finite
 from kvcached_plugins.control import Reading
 from kvcached_vmm.errors import SettingsError
 
@@ -22,10 +22,13 @@ def record(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="*.json or *.png.")],
     seconds: Annotated[
         float | None,
-        typer.Option(min=0, help="For how long.", show_default="until Ctrl-C"),
+        typer.Option(min=0, callback=finite, help="For how long.", show_default="until Ctrl-C"),
     ] = None,
     interval: Annotated[
-        float, typer.Option(min=0.01, max=3600, metavar="SECONDS", help="Between two looks.")
+        float,
+        typer.Option(
+            min=0.01, max=3600, callback=finite, metavar="SECONDS", help="Between two looks."
+        ),
     ] = 0.5,
     replay: Annotated[
         Path | None,

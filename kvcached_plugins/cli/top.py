@@ -16,7 +16,7 @@ from kvcached_plugins import control, timeline
 from kvcached_plugins.cli import screen
 from kvcached_plugins.cli.history import History
 from kvcached_plugins.cli.keys import Keys
-from kvcached_plugins.cli.options import Directory
+from kvcached_plugins.cli.options import Directory, finite
 from kvcached_plugins.control import Reading
 from kvcached_vmm.errors import SettingsError
 
@@ -26,7 +26,10 @@ _LOOK_S = 0.2
 
 def top(
     interval: Annotated[
-        float, typer.Option(min=0.05, max=3600, metavar="SECONDS", help="Between two looks.")
+        float,
+        typer.Option(
+            min=0.05, max=3600, callback=finite, metavar="SECONDS", help="Between two looks."
+        ),
     ] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look once, print it and end.")] = False,
     replay: Annotated[
