@@ -56,6 +56,7 @@ LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000.0
 SUFFIX = ".ledger"
 _READ_ATTEMPTS = 64
 _PID = struct.Struct("<q")
+_EMPTY = bytes(records.RECORD_BYTES)
 
 
 class Ledger:
@@ -272,10 +273,7 @@ class Ledger:
         """
         header = self._header()
         if header[:5] != self._agreed or header[5] < self._most_used:
-            raise LedgerError(
-                f"The header of the ledger {self.path} is damaged; stop the engines on "
-                f"{self.device} and delete the file, or set KVCACHED_DIR to another folder."
-            )
+            raise self._damaged("The header")
         self._most_used = header[5]
         if self._is_replaced:
             raise replaced(self.path)
@@ -303,12 +301,15 @@ class Ledger:
             return known[1]
         record = records.parse(raw)
         if record is None:
-            raise LedgerError(
-                f"Record {slot} of the ledger {self.path} is damaged; stop the engines on "
-                f"{self.device} and delete the file, or set KVCACHED_DIR to another folder."
-            )
+            raise self._damaged(f"Record {slot}")
         self._read[slot] = raw, record
         return record
+
+    def _damaged(self, what: str) -> LedgerError:
+        return LedgerError(
+            f"{what} of the ledger {self.path} is damaged; stop the engines on {self.device} and "
+            "delete the file, or set KVCACHED_DIR to another folder."
+        )
 
     def _write(self, slot: int, section: records.Section, values: tuple[object, ...]) -> None:
         raw = section.pack(values)
@@ -370,7 +371,7 @@ class Ledger:
     def _erase(self, slot: int) -> None:
         self._writing.epoch += 1
         at = _at(slot)
-        self._map[at : at + records.RECORD_BYTES] = bytes(records.RECORD_BYTES)
+        self._map[at : at + records.RECORD_BYTES] = _EMPTY
 
     def _ring(self) -> None:
         with self._threads:
@@ -419,7 +420,7 @@ class Account:
     @property
     def budget_bytes(self) -> int:
         """What all engines on the device may use together."""
-        return self._ledger._header()[3]
+        return int(self._ledger._agreed[3])
 
     @property
     def terms(self) -> Terms:
@@ -681,8 +682,14 @@ class Account:
         ledger = self._ledger
         used = kept = fixed = reserved = 0
         waiter_heard = 0.0
-        for slot in ledger._used():
-            if slot != self.slot:
+        for slot in range(ledger._most_used):
+            if not ledger._pid(slot):
+                at = _at(slot)
+                if ledger._map[at : at + records.RECORD_BYTES] != _EMPTY and not ledger._is_dead(
+                    slot
+                ):
+                    raise ledger._damaged(f"Record {slot}")
+            elif slot != self.slot:
                 _, terms, use, _ = ledger._record(slot)
                 has = use.committed + use.reserved
                 used += has
