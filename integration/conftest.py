@@ -44,24 +44,7 @@ class Pair(NamedTuple):
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``write_strong_model`` writes."""
-    return write_strong_model(tmp_path_factory.mktemp("model"))
-
-
-def write_strong_model(where: Path) -> Path:
-    """A Llama whose greedy tokens depend on all of its context, in float32.
-
-    The weights of `--load-format dummy` are so small that the tokens hardly depend on the KV cache:
-    a broken cache would not show. In bfloat16 ties make stock vLLM differ from itself when prompts
-    are batched in another way; in float32 it does not.
-    """
-    shape = Shape(layers=4, hidden=256, intermediate=512, heads=4, kv_heads=2, head_dim=64)
-    folder = write_model(where, shape)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"torch_dtype": "float32", "tie_word_embeddings": False}
-    (folder / "config.json").write_text(json.dumps(config))
-    _write_weights(folder, shape)
-    return folder
+    return write_test_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
@@ -130,6 +113,22 @@ def pair(plugin: None, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     finally:
         for server in servers:
             server.stop()
+
+
+def write_test_model(folder: Path) -> Path:
+    """A Llama whose greedy tokens depend on all of its context, in float32.
+
+    The weights of `--load-format dummy` are so small that the tokens hardly depend on the KV cache:
+    a broken cache would not show. In bfloat16 ties make stock vLLM differ from itself when prompts
+    are batched in another way; in float32 it does not.
+    """
+    shape = Shape(layers=4, hidden=256, intermediate=512, heads=4, kv_heads=2, head_dim=64)
+    write_model(folder, shape)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"torch_dtype": "float32", "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    _write_weights(folder, shape)
+    return folder
 
 
 def mixed_requests(count: int, *, seed: int = 1, longest: int = 1500) -> list[Request]:

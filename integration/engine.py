@@ -162,7 +162,7 @@ class ArenaFiles:
 
 
 class Server:
-    """One `vllm` API server with its engine core and worker processes, in a session of its own."""
+    """One API server with its engine core and worker processes, in a session of its own."""
 
     def __init__(
         self, model: Path, log: Path, *, env: Mapping[str, str], arguments: Sequence[str] = ()
@@ -172,7 +172,7 @@ class Server:
             port = int(probe.getsockname()[1])
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
-        command = [*serve_command(model), "--host", "127.0.0.1", "--port", str(port)]
+        command = [*self.command(model), "--host", "127.0.0.1", "--port", str(port)]
         with log.open("wb") as sink:
             self.process = subprocess.Popen(
                 [*command, *arguments],
@@ -184,6 +184,10 @@ class Server:
             )
         limits = httpx.Limits(max_connections=256, max_keepalive_connections=64)
         self._http = httpx.Client(base_url=self.url, timeout=REQUEST_TIMEOUT_S, limits=limits)
+
+    def command(self, model: Path) -> list[str]:
+        """What serves ``model`` and takes ``--host`` and ``--port``."""
+        return serve_command(model)
 
     def wait_ready(self) -> None:
         """Returns when the server answers; fails the test when it ends or takes too long."""

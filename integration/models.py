@@ -10,7 +10,10 @@ from pathlib import Path
 
 from kvcached_plugins.demo.models import TINY, VOCABULARY, Shape, write_model
 
-__all__ = ["TINY", "VOCABULARY", "Shape", "write_model"]
+__all__ = ["CACHE_HEAVY", "TINY", "VOCABULARY", "Shape", "write_model"]
+
+CACHE_HEAVY = Shape(layers=4, hidden=128, intermediate=128, heads=16, kv_heads=16, head_dim=128)
+"""Much KV cache for little work: 32 KiB a token in 16 bits."""
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:

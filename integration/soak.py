@@ -30,7 +30,7 @@ from typing import Any
 import httpx
 import psutil
 
-from integration.conftest import elastic_env, mixed_requests, write_strong_model
+from integration.conftest import elastic_env, mixed_requests, write_test_model
 from integration.engine import MIB, ArenaFiles, Request, Server, family, generate
 from integration.gpu.record import MemorySampler, facts, write_json
 from kvcached_plugins import control
@@ -342,7 +342,7 @@ def main() -> int:
     print(f"seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="kvc-soak-") as name:
         folder = Path(name)
-        model = write_strong_model(folder / "model")
+        model = write_test_model(folder / "model")
         requests = mixed_requests(120, seed=options.seed, longest=900)
         stock = generate(model, requests, folder, kv_cache_memory_bytes=256 * MIB)
         with soaking(model, requests, stock.tokens, folder, options.engines, options.seed) as soak:

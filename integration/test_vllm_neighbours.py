@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -140,6 +141,40 @@ def test_a_bound_of_the_cache_holds_while_nobody_is_short(house: House, ledger: 
         assert account_of(ledger, "cy").cached_bytes <= 4 * EXTENT_BYTES
     finally:
         ledger.set_terms(account_of(ledger, "cy"), no_cache_bound=True)
+
+
+def test_two_that_are_always_hungry_settle_at_equal_shares(house: House, ledger: Ledger) -> None:
+    """One has everything when the other comes; neither ever has enough."""
+    ada, bob = house.servers["ada"], house.servers["bob"]
+    fed_up = threading.Event()
+
+    def endless(server: Server, seed: int) -> int:
+        answers = 0
+        while not fed_up.is_set():
+            server.complete(burst(1, seed=seed + answers, size=500, output=40)[0])
+            answers += 1
+        return answers
+
+    def apart() -> int:
+        used = {each.name: each.used_bytes for each in ledger.snapshot().accounts}
+        return abs(used["ada"] - used["bob"])
+
+    with ThreadPoolExecutor(80) as threads:
+        clients = [threads.submit(endless, ada, 1000 * number) for number in range(40)]
+        assert wait_until(
+            lambda: account_of(ledger, "ada").used_bytes > BUDGET_BYTES - 4 * EXTENT_BYTES, 30
+        )
+        clients += [threads.submit(endless, bob, 1000 * number) for number in range(40, 80)]
+        try:
+            # As fast as requests end: nothing is taken from one that runs.
+            assert wait_until(lambda: apart() <= 2 * EXTENT_BYTES, 60), apart()
+            with sampled(apart) as distances:
+                time.sleep(3.0)
+        finally:
+            fed_up.set()
+        assert all(client.result() for client in clients), "somebody was never served"
+    distances.sort()
+    assert distances[len(distances) // 2] <= 2 * EXTENT_BYTES, distances
 
 
 def test_one_is_killed_one_is_stopped_and_one_comes_late(house: House, ledger: Ledger) -> None:

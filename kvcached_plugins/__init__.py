@@ -1,4 +1,4 @@
-"""Plugins that give stock LLM engines an elastic KV cache. See ``kvcached_plugins.vllm``."""
+"""Plugins that give stock LLM engines an elastic KV cache: ``.vllm`` and ``.sglang``."""
 
 TOGGLE = "ENABLE_KVCACHED"
 """The environment variable that turns us on."""

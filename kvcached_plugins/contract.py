@@ -82,7 +82,7 @@ class Manifest:
 class Use:
     """An entry of ``symbols.toml``: names of one module, and what we use them for.
 
-    ``since`` is the first engine minor that has them, ``gone`` the first that no longer does.
+    ``since`` is the first version that has them, ``gone`` the first that no longer does.
     """
 
     module: str
@@ -96,11 +96,11 @@ class Use:
 
     def expected_in(self, version: str) -> bool:
         """Must this version have the names?"""
-        minor = _minor_key(version)
+        key = version_key(version)
         return not (
             self.optional
-            or (self.since and minor < _minor_key(self.since))
-            or (self.gone and minor >= _minor_key(self.gone))
+            or (self.since and key < version_key(self.since))
+            or (self.gone and key >= version_key(self.gone))
         )
 
     def candidates(self) -> tuple[str, str]:
@@ -138,16 +138,16 @@ def manifests_folder() -> Path:
 
 
 def supported(engine: str) -> tuple[str, ...]:
-    """Versions that have a manifest, oldest first: a minor ("0.33") or one release ("0.33.1")."""
+    """Versions that have a manifest, oldest first: a series ("0.33") or one release ("0.33.1")."""
     names = (path.stem for path in (manifests_folder() / engine).glob("*.toml"))
-    return tuple(sorted((name for name in names if name[:1].isdigit()), key=_version_key))
+    return tuple(sorted((name for name in names if name[:1].isdigit()), key=version_key))
 
 
 def load(engine: str, version: str) -> Manifest:
-    """The manifest for a version: the release's own if there is one, else its minor's."""
+    """The manifest for a version: the release's own if there is one, else its series'."""
     release = version.partition("+")[0]
     known = supported(engine)
-    for name in (release, minor(release)):
+    for name in (release, series(engine, release)):
         if name in known:
             return read(manifests_folder() / engine / f"{name}.toml")
     raise ContractError(f"{engine} {version} is not known to kvcached-plugins; {_way_out(engine)}")
@@ -249,12 +249,20 @@ def differences(a: Manifest, b: Manifest) -> list[str]:
     return found + [f"{name} is new" for name in after if name not in before]
 
 
-def minor(version: str) -> str:
-    """The first two numbers of a version: 0.33 for 0.33.1+cpu."""
-    match = re.match(r"\d+\.\d+", version)
+def series(engine: str, version: str) -> str:
+    """The releases that share a manifest: 0.33 for vLLM 0.33.1+cpu, 0.5.15 for SGLang 0.5.15.post1.
+
+    SGLang puts features into what others would call a patch release.
+    """
+    match = re.match(r"\d+\.\d+\.\d+" if engine == "sglang" else r"\d+\.\d+", version)
     if match is None:
         raise ContractError(f"{version!r} is not a version")
     return match[0]
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """The numbers of a version, to compare it by."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0]))
 
 
 def _describe(source: SourceFile, symbol: Symbol, path: list[str]) -> Symbol | None:
@@ -313,11 +321,3 @@ def _string(value: object) -> str:
 def _quote(text: str) -> str:
     """A TOML basic string: JSON's, less the one control character that JSON lets through."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _version_key(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version))
-
-
-def _minor_key(version: str) -> tuple[int, ...]:
-    return _version_key(minor(version))

@@ -44,6 +44,10 @@ class Spender(Protocol):
 
     def spending(self) -> Spending: ...
 
+    def look_at_cache(self) -> None:
+        """Bring up to date what ``spending`` says of the cache."""
+        ...
+
     def shortage(self) -> tuple[int, int]:
         """What was asked for in the last round and not granted: in vain, and at the expense of
         cached blocks."""
@@ -103,6 +107,7 @@ class Tenant:
         elif now > self._calm_at:
             pool.share_bytes = None
         if waits or shares.others_covet():
+            pool.look_at_cache()
             self.report(force=True)
             owed = max(owed, shares.owed_bytes())
         trims = shares.trims()

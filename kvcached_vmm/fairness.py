@@ -72,17 +72,20 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
     First what holds no content, from the engine furthest above its fair share on; then cached
     blocks, those that were used longest ago first, whoever has them. An engine that could evict
     cached blocks of its own gets only older ones. One that waits itself gives what is above its
-    fair share, to those below theirs. Guarantees hold, and live blocks are not touched. Who has
-    not reported for a while, as ``now`` on the monotonic clock tells, is neither counted on nor
-    served: it could not use what others evict.
+    fair share, to those below theirs. Guarantees hold, live blocks are not touched, and what is on
+    its way out counts as free already. Who has not reported for a while, as ``now`` on the
+    monotonic clock tells, is neither counted on nor served: it could not use what others evict.
     """
     shares = fair_shares(view.capacity_bytes, [claim_of(each) for each in view.accounts])
     share_of = {each.slot: share for each, share in zip(view.accounts, shares, strict=True)}
     heard = [each for each in view.accounts if now - each.heartbeat < SILENCE_SECONDS]
     wanted, coveted, older_than = _needs(heard)
-    free = view.free_bytes
+    free = view.free_bytes + sum(each.leaving_bytes for each in heard)
     owed: dict[int, int] = {}
-    spare = {each.slot: max(0, each.used_bytes - each.minimum_bytes) for each in heard}
+    spare = {
+        each.slot: max(0, each.used_bytes - each.leaving_bytes - each.minimum_bytes)
+        for each in heard
+    }
 
     def owe(slot: int, size_bytes: int, need: int) -> None:
         part = min(size_bytes, spare[slot], need - free - sum(owed.values()))

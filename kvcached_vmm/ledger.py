@@ -584,6 +584,11 @@ class Account:
         """The whole ledger, now."""
         return self._ledger.snapshot()
 
+    @property
+    def rings(self) -> int:
+        """A number that changes when somebody needs the others to look."""
+        return self._ledger.bell.rings
+
     def wait_for_bell(self, heard: int, timeout_s: float) -> int:
         """Wait as ``Bell.wait`` does; returns what to pass as ``heard`` next. -1 when closed."""
         ledger = self._ledger

@@ -34,6 +34,12 @@ LOOK_SECONDS = 0.1
 """How often ``tick`` looks for extents that have become idle or too old; less if they decay sooner.
 A look costs about 0.2 us for each block on the stack."""
 
+AGES_SECONDS = 1.0
+"""How often ``tick`` finds out how old the cache is, for neighbours that may come to need it."""
+
+AGES_SAMPLE = 256
+"""How many cached extents are looked at for that, of those that there are: 0.1 ms."""
+
 RELEASE_BATCH = 4
 """Extents given back beside a step. A driver call takes up to 0.2 ms while kernels run (H200), and
 a hundred steps a second still give back 6 GiB a second."""
@@ -92,6 +98,8 @@ class ElasticPool(Generic[B]):
         self._short_blocks = self._coveted_blocks = 0
         self._shortage = 0, 0
         self._ages: list[float] = []
+        self._each = 1
+        self._aged_at = -AGES_SECONDS
         self.limit_bytes = extents.size_bytes
         """``admits`` as long as what is live stays below."""
         self.share_bytes: int | None = None
@@ -122,7 +130,8 @@ class ElasticPool(Generic[B]):
         return max(1, min(limit, self.extents.num_blocks - 1))
 
     def spending(self) -> Spending:
-        """What the committed bytes are good for; how old cached extents are, as of the last look.
+        """What the committed bytes are good for; what could be evicted, as of the last
+        ``look_at_cache``.
 
         Ages are the times at which extents without live blocks were last used, oldest first: one
         for each eighth of them.
@@ -132,11 +141,17 @@ class ElasticPool(Generic[B]):
             return Spending(
                 self.live_blocks * block,
                 self._cached_blocks * block,
-                len(ages) * self._unit,
+                len(ages) * self._each * self._unit,
                 len(self._idle) * self._unit,
                 self._leaving * self._unit,
                 tuple(ages[len(ages) * part // AGES] for part in range(AGES)) if ages else (),
             )
+
+    def look_at_cache(self) -> None:
+        """Find out what could be evicted, unless that was done just now."""
+        with self.lock:
+            if self._now() - self._aged_at >= LOOK_SECONDS:
+                self._note_ages(self._sort())
 
     def bound_cache(self, cache_bytes: int | None) -> None:
         """Cached blocks may hold this much from now on; None: no bound."""
@@ -309,7 +324,9 @@ class ElasticPool(Generic[B]):
                 if len(self._uses) > 2 * len(self._extents):
                     self._uses.tidy()
                 self._heed_bound()
-                self._ages = [extent.used[0] for extent in self._evictable(self._sort())]
+                free_blocks = self._sort()
+                if now - self._aged_at >= AGES_SECONDS:
+                    self._note_ages(free_blocks)
             due = now - self.policy.decay_seconds
             spare = len(self._idle)
             if self.live_blocks:
@@ -329,12 +346,12 @@ class ElasticPool(Generic[B]):
             free_blocks = self._sort()
             own_bytes = self.extents.own_bytes
             spare = sum(own_bytes(extent.index) for extent in self._idle)
-            for extent in self._evictable(free_blocks):
+            for extent in self._evictable(self._uses.by_age(), free_blocks):
                 if spare >= wanted_bytes:
                     break
                 self._forget(extent)
                 spare += own_bytes(extent.index)
-            self._ages = [extent.used[0] for extent in self._evictable(self._sort())]
+            self._note_ages(self._sort())
             leaving: list[int] = []
             for extent in list(self._idle):
                 if wanted_bytes <= 0:
@@ -430,12 +447,21 @@ class ElasticPool(Generic[B]):
             while self._cached_blocks > most and (oldest := self._uses.oldest()):
                 self._forget(oldest)
 
-    def _evictable(self, free_blocks: dict[Extent[B], int]) -> Iterator[Extent[B]]:
-        """The cached extents that could be given back, least recently used first."""
-        for extent in self._uses.by_age():
+    def _evictable(
+        self, extents: Iterable[Extent[B]], free_blocks: dict[Extent[B], int]
+    ) -> Iterator[Extent[B]]:
+        """Those of ``extents``, which have cached blocks, that could be given back."""
+        for extent in extents:
             free = len(extent.cached) + free_blocks.get(extent, 0)
             if free == len(extent.blocks) and extent.index:
                 yield extent
+
+    def _note_ages(self, free_blocks: dict[Extent[B], int]) -> None:
+        extents = self._uses.by_age()
+        self._each = 1 + len(extents) // AGES_SAMPLE
+        evictable = self._evictable(extents[:: self._each], free_blocks)
+        self._ages = [extent.used[0] for extent in evictable]
+        self._aged_at = self._now()
 
     def _cached_among(self, blocks: Iterable[B]) -> int:
         """How many of ``blocks`` are cached; those of one extent should follow each other."""

@@ -8,6 +8,18 @@ from typing import Any
 import torch
 
 from kvcached_vmm.arena import Arena
+from kvcached_vmm.driver import Driver
+from kvcached_vmm.host_driver import HostDriver
+
+
+def device_driver(device: torch.device) -> Driver:
+    """The driver of a torch device."""
+    if device.type == "cuda":
+        from kvcached_vmm.cuda_driver import CudaDriver
+
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        return CudaDriver(index)
+    return HostDriver()
 
 
 def arena_tensor(arena: Arena, size_bytes: int, device: torch.device) -> torch.Tensor:

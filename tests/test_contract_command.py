@@ -64,6 +64,8 @@ def test_generate_writes_a_second_release_only_if_it_needs_a_manifest(site: Path
     assert "9.1.1.toml: 7 symbols of vllm 9.1.1, 1 difference to 9.1\n" in output
     assert "  vllm.pool.Pool.usage has another body\n" in output
     contract.verify()
+    status, output = run("generate", "--installed")
+    assert "9.1.1.toml: 7 symbols of vllm 9.1.1, no differences to 9.1.1\n" in output
     assert contract.read(folder / "9.1.toml").version == "9.1.0"
 
 
@@ -207,25 +209,39 @@ def test_a_remote_file_reads_like_a_local_one(
             assert remote.read(1500) == local.read(1500)
 
 
-def published(version: str) -> Path:
+def published(engine: str, version: str) -> Path:
     try:
-        return command.fetch_sources(version)
+        return command.fetch_sources(version, engine)
     except ContractError as error:
         pytest.skip(f"the package index cannot be reached: {error}")
 
 
-@pytest.mark.parametrize("name", contract.supported("vllm"))
-def test_a_shipped_manifest_describes_the_published_wheel(name: str) -> None:
-    manifest = contract.load("vllm", name)
-    folder = published(manifest.version)
+SHIPPED = [(engine, name) for engine in ("vllm", "sglang") for name in contract.supported(engine)]
+
+
+@pytest.mark.parametrize(("engine", "name"), SHIPPED)
+def test_a_shipped_manifest_describes_the_published_wheel(engine: str, name: str) -> None:
+    manifest = contract.load(engine, name)
+    folder = published(engine, manifest.version)
     assert contract.mismatches(manifest, folder) == []
-    assert contract.generate("vllm", folder, manifest.version) == manifest, (
+    assert contract.generate(engine, folder, manifest.version) == manifest, (
         "symbols.toml changed: run `kvcached contract generate --all`"
     )
 
 
 def test_the_versions_that_we_promise_have_manifests() -> None:
     assert {"0.30", "0.32", "0.33"} <= set(contract.supported("vllm"))
+    assert {f"0.5.{number}" for number in range(15, 24)} <= set(contract.supported("sglang"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "version", "series"),
+    [("vllm", "0.33.1+cpu", "0.33"), ("sglang", "0.5.15.post1", "0.5.15")],
+)
+def test_releases_that_share_a_manifest_are_a_series(
+    engine: str, version: str, series: str
+) -> None:
+    assert contract.series(engine, version) == series
 
 
 PLUGIN = Path(command.__file__).parents[1] / "vllm" / "plugin.py"
@@ -264,14 +280,15 @@ def test_the_list_of_symbols_has_exactly_what_the_plugin_changes() -> None:
 
 
 def test_every_symbol_says_why_and_until_when() -> None:
-    for use in contract.uses("vllm"):
+    for use in (*contract.uses("vllm"), *contract.uses("sglang")):
         assert use.why.endswith("."), use.names
         assert use.until.endswith("."), use.names
 
 
-def test_the_installed_engine_keeps_the_contract() -> None:
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_the_installed_engine_keeps_the_contract(engine: str) -> None:
     try:
-        contract.installed("vllm")
+        contract.installed(engine)
     except ContractError as error:
         pytest.skip(str(error))
-    contract.verify()
+    contract.verify(engine)

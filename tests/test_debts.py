@@ -185,6 +185,13 @@ def test_who_waits_gives_what_is_above_its_share_to_who_has_less() -> None:
     assert debts(ledger(100, more, less), NOW) == {0: 20}
 
 
+def test_what_is_on_its_way_out_is_not_asked_for_again() -> None:
+    """An engine that serves gives with its next step; until then it must not give as much again."""
+    giver = engine(0, committed_bytes=80, leaving_bytes=15, evictable_bytes=65)
+    waiter = engine(1, wanted_bytes=40, demand_bytes=40)
+    assert debts(ledger(100, giver, waiter), NOW) == {0: 5}
+
+
 def test_nobody_gives_for_an_engine_that_may_have_no_more() -> None:
     cache = engine(0, committed_bytes=50, evictable_bytes=50)
     full = engine(1, committed_bytes=50, wanted_bytes=10, demand_bytes=60, maximum_bytes=50)

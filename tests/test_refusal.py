@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcached_plugins.vllm.refusal import (
+from kvcached_plugins.refusal import (
     NOTE,
     Refusal,
     expect_refusals,

@@ -26,14 +26,14 @@ from statistics import median
 from integration.conftest import elastic_env, random_prompt
 from integration.engine import BLOCK_TOKENS, Request, Server
 from integration.gpu.record import MemorySampler, facts, write_json
-from integration.models import Shape, write_model
+from integration.models import CACHE_HEAVY, write_model
+from integration.probe import wait_for_grant
 from kvcached_vmm.host_driver import HostDriver
 from kvcached_vmm.ledger import Account, Ledger
 from kvcached_vmm.units import MIB, format_size, parse_size
 
-SHAPE = Shape(layers=4, hidden=128, intermediate=128, heads=16, kv_heads=16, head_dim=128)
-"""Much KV cache for little work: 64 KiB a token in float32."""
-TOKEN_BYTES = 2 * SHAPE.kv_bytes_per_token
+TOKEN_BYTES = 2 * CACHE_HEAVY.kv_bytes_per_token
+"""In float32."""
 EXTENT_BYTES = 16 * MIB
 GOAL_SECONDS = 0.010
 """Beyond the kernel's own time, and beyond a step where the server is busy."""
@@ -69,19 +69,10 @@ def kernel_seconds(size_bytes: int) -> float:
     return seconds
 
 
-def acquire(account: Account, size_bytes: int, timeout_s: float = 30.0) -> float:
+def acquire(account: Account, size_bytes: int) -> float:
     """Seconds until the ledger has granted `size_bytes`; the grants are given back."""
-    began = time.perf_counter()
-    granted = account.reserve(size_bytes, EXTENT_BYTES)
-    while granted < size_bytes:
-        account.report(0, 0, size_bytes - granted)
-        time.sleep(0.0002)
-        granted += account.reserve(size_bytes - granted, EXTENT_BYTES)
-        if time.perf_counter() - began > timeout_s:
-            raise TimeoutError(f"{format_size(granted)} of {format_size(size_bytes)} were granted")
-    seconds = time.perf_counter() - began
-    account.report(0, 0)
-    account.cancel(granted)
+    seconds = wait_for_grant(account, size_bytes, EXTENT_BYTES)
+    account.cancel(size_bytes)
     return seconds
 
 
@@ -123,7 +114,7 @@ def measure(size_bytes: int, rounds: int, folder: Path) -> Iterator[Figure]:
         "VLLM_CPU_KVCACHE_SPACE": str(-(-budget_bytes // (1 << 30))),
     }
     server = Server(
-        write_model(folder / "model", SHAPE),
+        write_model(folder / "model", CACHE_HEAVY),
         folder / "log",
         env=env,
         arguments=["--load-format", "dummy"],

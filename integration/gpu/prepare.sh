@@ -21,6 +21,8 @@ for model in $models; do
 done
 chmod -R u+w .gpu
 
+# A commit is named without Git there: the working tree travels without .git.
+git describe --always --dirty >.gpu/commit
 rm -f .gpu/kvcached_plugins-*.whl
 "$python" -m pip wheel -q --no-deps --wheel-dir .gpu .
 # Pure Python, used there only if the image has no such package.

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # On the GPU machine, in the repository root, with .gpu/ carried along (see prepare.sh):
-#   integration/gpu/run.sh onoff --parts C,A      or  vmm_cost, or  exec COMMAND...
-# Results go to $OUT. Arguments after the first are those of the Python program.
+#   integration/gpu/run.sh onoff|paired|neighbours|reclaim|vmm_cost [ARGUMENTS]   or  exec COMMAND...
+# Results go to $OUT. Arguments after the first are those of the Python program. Several runs may
+# follow one another in one call: each has its own clock, unless KVC_START is set.
 set -euo pipefail
 export KVC_START=${KVC_START:-$(date +%s)}
 cd "$(dirname "$0")/../.."
 root=$PWD
 k=${KVC_ROOT:-/tmp/k}
 : "${OUT:?the folder for results}"
-what=${1:?onoff, vmm_cost or exec}
+what=${1:?onoff, paired, neighbours, reclaim, vmm_cost or exec}
 shift
 
 mkdir -p "$k"
@@ -30,11 +31,15 @@ for wheel in .gpu/wheels/*.whl; do
 done
 
 export PYTHONPATH="$k/plug:$k/site:$root" PYTHONUNBUFFERED=1
+if [ -z "${KVC_COMMIT:-}" ] && [ -f .gpu/commit ]; then
+  KVC_COMMIT=$(cat .gpu/commit)
+  export KVC_COMMIT
+fi
 export VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_USE_FLASHINFER_SAMPLER=0
 unset ENABLE_KVCACHED
 echo "prepared after $(($(date +%s) - KVC_START)) s"
 set -o pipefail
 case $what in
-  exec) "$@" 2>&1 | tee "$OUT/run.log" ;;
-  *) python3 -P -m "integration.gpu.$what" --out "$OUT" "$@" 2>&1 | tee "$OUT/run.log" ;;
+  exec) "$@" 2>&1 | tee -a "$OUT/run.log" ;;
+  *) python3 -P -m "integration.gpu.$what" --out "$OUT" "$@" 2>&1 | tee -a "$OUT/run.log" ;;
 esac

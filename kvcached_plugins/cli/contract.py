@@ -279,15 +279,19 @@ def _describe_release(engine: str, version: str) -> contract.Manifest:
 def _write(manifest: contract.Manifest, out: Path | None) -> None:
     """Say what is different from the nearest known manifest, and write where it belongs.
 
-    A second release of a known minor gets a manifest of its own, and only if it needs one.
+    A second release of a known series gets a manifest of its own, and only if it needs one.
     """
     engine, version = manifest.engine, manifest.version
-    minor = contract.minor(version)
+    series = contract.series(engine, version)
     nearest = _nearest(engine, version)
     known = contract.load(engine, nearest) if nearest else None
     found = contract.differences(known, manifest) if known else []
-    again = known is not None and contract.minor(known.version) == minor
-    name = version if again and known and known.version != version else minor
+    second = (
+        known is not None
+        and known.version != version
+        and contract.series(engine, known.version) == series
+    )
+    name = version if second or version in contract.supported(engine) else series
     folder = contract.manifests_folder()
     if folder.name == contract.SHIPPED:  # supporting a version takes a review, not just a command
         folder = Path.cwd()
@@ -295,7 +299,7 @@ def _write(manifest: contract.Manifest, out: Path | None) -> None:
     summary = f"{len(manifest.symbols)} symbols of {engine} {version}"
     if nearest:
         summary += f", {len(found) or 'no'} difference{'' if len(found) == 1 else 's'} to {nearest}"
-    if name == version and not found and out is None:
+    if second and not found and out is None:
         _say(f"nothing to write: {summary}, which covers it")
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -306,11 +310,11 @@ def _write(manifest: contract.Manifest, out: Path | None) -> None:
 
 
 def _nearest(engine: str, version: str) -> str | None:
-    """The known version that is closest: this release, else its minor, else the closest minor."""
+    """The known version that is closest: this release, else its series, else the closest series."""
 
-    def distance(name: str) -> tuple[bool, int]:
-        (major, minor), (other, its) = (contract.minor(item).split(".") for item in (name, version))
-        return name != version, abs((int(major) - int(other)) * 1000 + int(minor) - int(its))
+    def distance(name: str) -> tuple[bool, tuple[int, ...]]:
+        ours, its = (contract.version_key(contract.series(engine, v)) for v in (name, version))
+        return name != version, tuple(abs(a - b) for a, b in zip(ours, its, strict=True))
 
     return min(contract.supported(engine), key=distance, default=None)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kvcached_plugins.refusal import Refusal
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.vllm.geometry import ATTRIBUTE
-from kvcached_plugins.vllm.refusal import Refusal
 from kvcached_plugins.vllm.steward import Steward
 from kvcached_vmm.errors import KVCachedError
 

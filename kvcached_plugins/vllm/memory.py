@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
+from kvcached_plugins.refusal import Refusal
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan, extent_map
 from kvcached_plugins.vllm.leftovers import Leftovers
-from kvcached_plugins.vllm.refusal import Refusal
 from kvcached_vmm.arena import Arena
 from kvcached_vmm.driver import Driver
 from kvcached_vmm.errors import DriverError
 from kvcached_vmm.extents import Footprint
 from kvcached_vmm.fence import Mark, Passed, Quarantine
 from kvcached_vmm.ledger import Account, Ledger
-from kvcached_vmm.tensors import StreamMarks, arena_tensor
+from kvcached_vmm.tensors import StreamMarks, arena_tensor, device_driver
 from kvcached_vmm.units import format_size
 
 logger = logging.getLogger("vllm.kvcached")
@@ -60,18 +60,6 @@ class WorkerReport:
     granularity: int
     fixed_bytes: int
     default_budget_bytes: int
-
-
-def device_driver(device: torch.device) -> Driver:
-    """The driver of a torch device."""
-    if device.type == "cuda":
-        from kvcached_vmm.cuda_driver import CudaDriver
-
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        return CudaDriver(index)
-    from kvcached_vmm.host_driver import HostDriver
-
-    return HostDriver()
 
 
 class WorkerMemory:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kvcached_plugins.refusal import Refusal, expect_refusals
+from kvcached_plugins.refusal import wait_for_engine_startup as wait_for_engine_startup
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, plan
-from kvcached_plugins.vllm.refusal import Refusal, expect_refusals
 from kvcached_vmm.errors import KVCachedError
 from kvcached_vmm.host_driver import GRANULARITY as HOST_GRANULARITY
 from kvcached_vmm.locks import private_directory

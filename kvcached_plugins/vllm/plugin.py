@@ -30,7 +30,7 @@ class Patch(NamedTuple):
 
 PATCHES = (
     Patch("vllm.engine.arg_utils:EngineArgs.create_engine_config", "planning:create_engine_config"),
-    Patch("vllm.v1.engine.utils:wait_for_engine_startup", "refusal:wait_for_engine_startup"),
+    Patch("vllm.v1.engine.utils:wait_for_engine_startup", "planning:wait_for_engine_startup"),
     Patch("vllm.v1.engine.core:resolve_kv_cache_layout", "planning:resolve_kv_cache_layout"),
     Patch("vllm.v1.engine.core:get_kv_cache_configs", "planning:get_kv_cache_configs"),
     Patch("vllm.v1.engine.core:EngineCore._initialize_kv_caches", "engine:initialize_kv_caches"),
@@ -97,7 +97,7 @@ def register() -> None:
 
 def _check() -> None:
     from kvcached_plugins import contract, settings
-    from kvcached_plugins.vllm.refusal import Refusal
+    from kvcached_plugins.refusal import Refusal
     from kvcached_vmm.errors import KVCachedError
 
     try:

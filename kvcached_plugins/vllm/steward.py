@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from kvcached_plugins import hub
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.shares import Shares
 from kvcached_plugins.tenant import Tenant
@@ -128,6 +129,7 @@ class Steward:
             format_size(limit),
             ", ".join(sorted({report.device for report in reports})),
         )
+        hub.plugins()  # so that the first who waits does not wait for other packages to load
         watched = weakref.ref(self)
         threading.Thread(
             target=_reclaimer, args=(watched, self._shares), name="kvcached-reclaimer", daemon=True

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from kvcached_plugins.refusal import Refusal
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders
-from kvcached_plugins.vllm.memory import Progress, WorkerMemory, WorkerReport, device_driver
-from kvcached_plugins.vllm.refusal import Refusal
+from kvcached_plugins.vllm.memory import Progress, WorkerMemory, WorkerReport
 from kvcached_vmm.errors import KVCachedError
 from kvcached_vmm.ledger import Ledger
+from kvcached_vmm.tensors import device_driver
 from kvcached_vmm.units import GIB
 
 CONTEXT_BYTES = GIB

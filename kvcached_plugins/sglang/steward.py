@@ -1,0 +1,300 @@
+"""One steward per scheduler ties SGLang's allocator, the ledger and the prefix cache together."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+from kvcached_plugins.settings import Settings
+from kvcached_plugins.sglang.allocators import ElasticPages
+from kvcached_plugins.sglang.demand import demand_pages, is_idle
+from kvcached_plugins.sglang.memory import PoolMemory
+from kvcached_plugins.sglang.ranks import Agreement
+from kvcached_vmm.units import GIB, format_size
+
+logger = logging.getLogger("sglang.kvcached")
+
+CONTEXT_BYTES = GIB
+"""CUDA context, libraries and graphs of one engine, which torch does not count (H200: 0.8 to 1.3
+GiB)."""
+
+LOOK_SECONDS = 0.05
+"""How often we look for what may be given back, and whether another engine waits for memory."""
+
+LOOK_ROUNDS = 16
+"""The same for ranks that must look in the same round; an idle SGLang makes thousands a second."""
+
+RELEASE_BATCH = 4
+"""Extents given back at a time beside running requests: a driver call takes up to 0.2 ms while
+kernels run (H200), and an extent is one mapping per layer and buffer."""
+
+RESERVE_EXTENTS = 1
+"""Committed beside a running batch, so that the next one finds memory there."""
+
+POLL_SECONDS = 0.01
+"""How often a batch that cannot go on asks again."""
+
+STARVED_SECONDS = 1.0
+"""How long a batch that cannot go on at all waits for others' memory before SGLang retracts or, if
+one request is left, aborts it."""
+
+
+class Steward:
+    """Runs the elastic cache of one scheduler, on the thread of that scheduler.
+
+    Ranks of one tensor-parallel group replay the same decisions. Whatever may differ between them
+    (clocks, ledgers, drivers) goes through ``agree`` at moments that all of them reach.
+
+    Args:
+        scheduler: SGLang's, complete.
+        settings: what the user wants.
+        agree: the least of each number over all ranks.
+    """
+
+    def __init__(self, scheduler: Any, settings: Settings, agree: Agreement) -> None:
+        self._scheduler = scheduler
+        self._settings = settings
+        self._agree = agree
+        self.allocator: ElasticPages = scheduler.token_to_kv_pool_allocator
+        memory = self.allocator.memory
+        assert memory is not None
+        self.memory: PoolMemory = memory
+        self.page_bytes = memory.arena.extents.block_bytes
+        self._reserve = RESERVE_EXTENTS
+        if settings.reserve_bytes is not None:
+            self._reserve = settings.reserve_bytes // memory.budget.extent_bytes
+        self._rounds = itertools.count(1)
+        self._next_look = 0.0
+        self._active_at: float | None = None
+        self._wanted_pages = 0
+        self._spare_before = 0
+        self._pressure = 0
+        if memory.device.type == "cuda":
+            memory.budget.fix(torch.cuda.memory_reserved(memory.device) + CONTEXT_BYTES)
+        [memory.book.room] = agree(memory.budget.room())
+        logger.info(
+            "kvcached: elastic cache: %s virtual, %d pages, extents of %s, up to %s",
+            format_size(memory.arena.size_bytes),
+            memory.book.total_pages,
+            format_size(memory.budget.extent_bytes),
+            format_size(memory.budget.limit_bytes),
+        )
+
+    def begin_round(self) -> None:
+        """SGLang is about to choose a batch: get grants for whatever it may allocate in it."""
+        pages = demand_pages(self._scheduler, self.allocator.page_size)
+        waited = self._wanted_pages > 0
+        self._reserve_for(pages)
+        self._tick()
+        if waited != (self._wanted_pages > 0):
+            self._report()
+        if not pages:
+            return
+        polls = int(STARVED_SECONDS / POLL_SECONDS)
+        while polls and self._starved():
+            self._report()
+            time.sleep(POLL_SECONDS)
+            self._reserve_for(pages)
+            polls -= 1
+        spare = self._spare_pages()
+        running = self._scheduler.running_batch
+        if running.is_empty() or spare > self._spare_before:
+            # SGLang takes a batch to stay full until one of its requests ends; here room may also
+            # come from a neighbour, even when no request runs.
+            running.batch_is_full = False
+        self._spare_before = spare
+
+    def end_round(self) -> None:
+        """The batch is chosen and its pages are allocated."""
+        if self.memory.book.credit:
+            self.memory.settle()
+
+    def cover(self, pages: int) -> None:
+        """``pages`` that are not on the free list are about to be taken. If that is more than the
+        round was granted, get grants now, or forget prefixes for what others took meanwhile."""
+        missing = self.memory.book.extents_for(pages) - self.memory.book.credit
+        if missing > 0 and self._grant(missing) < missing:
+            self._evict(pages)
+
+    def launched(self) -> None:
+        """A batch is on its way: commit ahead of need what the next one may want."""
+        memory = self.memory
+        spare = len(memory.book.idle_extents)
+        missing = min(self._reserve - spare, memory.book.empty_extents)
+        if missing > 0 and memory.book.room >= missing and not self._pressure:
+            granted = self._grant(missing)
+            if granted:
+                self.allocator.gain(memory.grow(granted))
+
+    def flushed(self) -> None:
+        """SGLang has forgotten all that it cached: give it back now."""
+        memory = self.memory
+        self.allocator.cut(memory.leave(len(memory.book.idle_extents)))
+        memory.collect(wait=True)
+        self._report()
+
+    def sleep(self) -> None:
+        """Take the KV cache to zero bytes; no request may be there."""
+        self.memory.sleep()
+        self.allocator.free_pages = self.allocator.free_pages[:0]
+        self._report()
+
+    def wake(self) -> None:
+        """Back the sink with memory again; the rest comes when it is needed."""
+        if 0 not in self.memory.arena:
+            self.allocator.gain(self.memory.grow(1))
+            self._report()
+
+    def withheld_tokens(self) -> int:
+        """Tokens' worth of pages that are neither in use nor available."""
+        return self.memory.book.withheld_pages * self.allocator.page_size
+
+    def numbers(self) -> dict[str, int]:
+        """What tools may want to know, in bytes and pages."""
+        memory = self.memory
+        free = len(self.allocator.free_pages)
+        return {
+            "virtual_bytes": memory.arena.size_bytes,
+            "committed_bytes": memory.arena.committed_bytes,
+            "limit_bytes": memory.budget.limit_bytes,
+            "extent_bytes": memory.budget.extent_bytes,
+            "live_bytes": self._live_bytes(),
+            "cached_bytes": self._cached_bytes(),
+            "free_pages": free,
+            "withheld_pages": memory.book.withheld_pages,
+        }
+
+    def clamp_request_length(self) -> None:
+        """Keep requests to what the limit holds in whole extents, beside the sink.
+
+        SGLang rejects a longer prompt and shortens a longer answer, as for a small pool.
+        """
+        memory, scheduler = self.memory, self._scheduler
+        extents = memory.budget.limit_bytes // memory.budget.extent_bytes
+        pages = extents * memory.arena.extents.blocks_per_extent - 1
+        tokens = min(pages, memory.book.total_pages) * self.allocator.page_size - 1
+        if tokens < scheduler.max_req_len:
+            logger.warning(
+                "kvcached: a request may have %d tokens, for %s hold no more; raise KVCACHED_BUDGET"
+                " or KVCACHED_MAX for longer ones",
+                tokens,
+                format_size(memory.budget.limit_bytes),
+            )
+            scheduler.max_req_input_len -= scheduler.max_req_len - tokens
+            scheduler.max_req_len = tokens
+
+    def _reserve_for(self, pages: int) -> None:
+        """Get grants for as many of ``pages`` as are not on the free list."""
+        book = self.memory.book
+        wanted = book.extents_for(pages - len(self.allocator.free_pages)) - book.credit
+        self._wanted_pages = 0
+        if wanted > 0:
+            self._grant(wanted)
+            self._wanted_pages = max(0, pages - self._spare_pages())
+
+    def _grant(self, extents: int) -> int:
+        """Get grants for ``extents``, or as many as every rank gets; returns how many."""
+        book, budget = self.memory.book, self.memory.budget
+        granted = budget.reserve(extents)
+        [agreed] = self._agree(granted)
+        budget.cancel(granted - agreed)
+        book.credit += agreed
+        book.room = max(0, book.room - agreed) if agreed == extents else 0
+        return agreed
+
+    def _spare_pages(self) -> int:
+        """Pages that could be had now, those that would be evicted for it included."""
+        free = len(self.allocator.free_pages)
+        return free + self.memory.book.promised_pages + self._evictable_pages()
+
+    def _starved(self) -> bool:
+        """Whether requests run, need a page, and not one can be had."""
+        running = self._scheduler.running_batch
+        return (
+            self._spare_pages() == 0
+            and not running.is_empty()
+            and running.new_tokens_required_next_decode() > 0
+        )
+
+    def _tick(self) -> None:
+        """Look for what may be given back, now and then."""
+        now = time.monotonic()
+        if self._agree.ranks > 1:
+            if next(self._rounds) % LOOK_ROUNDS:
+                return
+        elif now < self._next_look and not self.memory.budget.rung():
+            return
+        self._next_look = now + LOOK_SECONDS
+        memory, allocator = self.memory, self.allocator
+        in_step = self._agree.ranks > 1
+        memory.collect(wait=in_step)
+        if memory.budget.others_need():
+            self._report()  # what we owe follows from what the ledger knows of us
+        now_us, room, lessened = self._agree(
+            int(now * 1e6), memory.budget.room(), -memory.budget.owed_bytes()
+        )
+        memory.book.room = room
+        self._pressure = -lessened
+        now = now_us / 1e6
+        allocator.find(now, wait=in_step)
+        idle = is_idle(self._scheduler)
+        if self._active_at is None or not idle:
+            self._active_at = now
+        self._give_back(now, idle)
+        if allocator.unsorted:
+            allocator.sort()
+            if memory.device.type == "cpu":
+                allocator.find(now)
+        self._report()
+
+    def _give_back(self, now: float, idle: bool) -> None:
+        memory, settings = self.memory, self._settings
+        bytes_each = memory.budget.extent_bytes
+        if self._pressure:
+            count = min(-(-self._pressure // bytes_each), len(memory.book.idle_extents))
+        else:
+            keep = 0 if idle else self._reserve
+            count = memory.book.due(now, settings.decay_seconds, keep)
+            count = count if idle else min(count, RELEASE_BATCH)
+        self.allocator.cut(memory.leave(count))
+        cached = self._cached_bytes()
+        surplus = 0
+        if self._pressure:
+            surplus = self._pressure - memory.leaving * bytes_each
+        elif idle and self._active_at is not None:
+            surplus = cached if now - self._active_at >= settings.cache_seconds else 0
+        if memory.budget.cache_bytes is not None:
+            surplus = max(surplus, cached - memory.budget.cache_bytes)
+        if surplus > 0 and cached:
+            self._evict(-(-surplus // self.page_bytes))
+
+    def _evict(self, pages: int) -> None:
+        tokens = pages * self.allocator.page_size
+        self._scheduler.tree_cache.evict(EvictParams(num_tokens=tokens))
+
+    def _evictable_pages(self) -> int:
+        return int(self._scheduler.tree_cache.evictable_size()) // self.allocator.page_size
+
+    def _cached_bytes(self) -> int:
+        return int(self._evictable_pages() * self.page_bytes)
+
+    def _live_bytes(self) -> int:
+        used = self.memory.book.live_pages(len(self.allocator.free_pages))
+        return int(used * self.page_bytes) - self._cached_bytes()
+
+    def _report(self) -> None:
+        memory = self.memory
+        size = memory.budget.extent_bytes
+        memory.budget.report(
+            self._live_bytes(),
+            self._cached_bytes(),
+            memory.book.extents_for(self._wanted_pages) * size,
+            len(memory.book.idle_extents) * size,
+            memory.leaving * size,
+            self._active_at or 0.0,
+        )
