@@ -359,7 +359,8 @@ def main() -> int:
         model = write_test_model(folder / "model")
         requests = mixed_requests(120, seed=options.seed, longest=900)
         stock = generate(model, requests, folder, kv_cache_memory_bytes=256 * MIB)
-        with soaking(model, requests, stock.tokens, folder, options.engines, options.seed) as soak:
+        how = options.engines, options.seed, options.stock
+        with soaking(model, requests, stock.tokens, folder, *how) as soak:
             found = soak.run(options.minutes)
     print(json.dumps(vars(found), indent=1))
     if options.json:
