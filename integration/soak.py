@@ -1,6 +1,7 @@
 """Engines under random load with aggressive release, compared with stock vLLM token for token.
 
-    python -m integration.soak [--minutes 10] [--engines 1] [--seed S] [--json FILE]
+    python -m integration.soak [--minutes 10] [--engines 1] [--seed S] [--stock]
+        [--json FILE]
 
 Memory without content goes at once and cached blocks after 0.2 s, so that a block that is used
 after its memory has gone is a fault of the process. Requests arrive in bursts, share prefixes, and
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -41,6 +44,7 @@ EXTENT_BYTES = MIB
 BUDGET_BYTES = 24 * MIB
 """For one engine: a burst of requests wants about twice as much."""
 CLIENTS = 10
+STOCK = ("--kv-cache-memory-bytes", str(64 * MIB))
 AT_ONCE_S = 0.002
 WARM_SAMPLES = 240
 """Seconds; before that processes still touch pages for the first time."""
@@ -89,7 +93,9 @@ class Soak:
         folder: Path,
         engines: int,
         seed: int,
+        stock: bool,
     ) -> None:
+        self._stock = stock
         self.found = Findings()
         self._requests = requests
         self._reference = reference
@@ -107,7 +113,9 @@ class Soak:
             "KVCACHED_CACHE_TTL": "0.2",
         }
         self.servers = [
-            Server(model, folder / f"{name}.log", env={**env, "KVCACHED_NAME": name})
+            Server(model, folder / f"{name}.log", env={}, arguments=STOCK)
+            if stock
+            else Server(model, folder / f"{name}.log", env={**env, "KVCACHED_NAME": name})
             for name in (f"engine-{number}" for number in range(engines))
         ]
         self._samples: list[dict[str, float]] = []
@@ -116,17 +124,10 @@ class Soak:
         for server in self.servers:
             server.wait_ready()
         files = [ArenaFiles(server.process.pid) for server in self.servers]
-        people = [
-            *(
-                lambda s=server, n=n: self._client(s, n)
-                for server in self.servers
-                for n in range(CLIENTS)
-            ),
-            self._mover,
-            self._neighbour,
-            lambda: self._watch(files),
-            self._sample,
-        ]
+        people = [functools.partial(self._client, *each) for each in self._clients()]
+        people.append(self._sample)
+        if not self._stock:
+            people += [self._mover, self._neighbour, lambda: self._watch(files)]
         threads = [threading.Thread(target=self._guarded, args=(each,)) for each in people]
         for thread in threads:
             thread.start()
@@ -134,9 +135,13 @@ class Soak:
         self._over.set()
         for thread in threads:
             thread.join()
-        self._rest(files)
+        if not self._stock:
+            self._rest(files)
         self._draw_the_balance()
         return self.found
+
+    def _clients(self) -> Iterator[tuple[Server, int]]:
+        return itertools.product(self.servers, range(CLIENTS))
 
     def stop(self) -> None:
         self._over.set()
@@ -249,17 +254,21 @@ class Soak:
                     self._over.set()
 
     def _usage(self) -> dict[str, float]:
-        """Memory, descriptors, threads and processes of all servers. Memory without KV caches."""
+        """Anonymous memory by kind of process; descriptors, threads and processes of all servers.
+
+        Pages of files and of KV caches are not anonymous.
+        """
         total: Counter[str] = Counter()
         for server in self.servers:
             for process in family(server.process.pid):
                 with contextlib.suppress(psutil.Error, OSError):
-                    total["memory_mib"] += process.memory_info().rss / MIB
+                    status = Path(f"/proc/{process.pid}/status").read_text()
+                    kib = int(status.partition("RssAnon:")[2].split()[0])
+                    total[f"memory_mib {process.name()}"] += kib / 1024
                     total["descriptors"] += process.num_fds()
                     total["threads"] += process.num_threads()
                     total["processes"] += 1
-            total["memory_mib"] -= server.kv_bytes() / MIB
-        total["files"] = len(list(self._folder.iterdir()))
+        total["files"] = len(list(self._folder.iterdir())) if self._folder.exists() else 0
         return dict(total)
 
     def _rest(self, files: list[ArenaFiles]) -> None:
@@ -283,15 +292,18 @@ class Soak:
             found.preemptions += int(server.metric("vllm:num_preemptions_total"))
             found.prefix_hits += int(server.metric("vllm:prefix_cache_hits_total"))
         part = max(1, len(samples) // 4)
-        for name in samples[0] if samples else ():
+        for name in samples[-1] if samples else ():
             first, last = (
-                median(each[name] for each in some)
+                median(each.get(name, 0) for each in some)
                 for some in (samples[part : 2 * part] or samples, samples[-part:])
             )
             found.first[name], found.last[name] = round(first, 1), round(last, 1)
-            spare = {"memory_mib": 0.05 * first + 16, "descriptors": CLIENTS, "threads": 4}
-            warm = name != "memory_mib" or len(samples) > WARM_SAMPLES
-            if warm and last > first + spare.get(name, 0):
+            of_memory = name.startswith("memory_mib")
+            spare = {"descriptors": CLIENTS * len(self.servers), "threads": 4}.get(name, 0)
+            if of_memory:
+                spare = 0.05 * first + 16
+            warm = not of_memory or len(samples) > WARM_SAMPLES
+            if warm and last > first + spare:
                 found.grown.append(f"{name}: {first:.1f} -> {last:.1f}")
 
 
@@ -324,8 +336,9 @@ def soaking(
     folder: Path,
     engines: int = 1,
     seed: int = 0,
+    stock: bool = False,
 ) -> Iterator[Soak]:
-    made = Soak(model, requests, reference, folder, engines, seed)
+    made = Soak(model, requests, reference, folder, engines, seed, stock)
     try:
         yield made
     finally:
@@ -337,6 +350,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--engines", type=int, choices=(1, 2, 3), default=1)
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--stock", action="store_true", help="the same without us, to compare with")
     parser.add_argument("--json", type=Path, help="write the findings here")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
@@ -345,7 +359,8 @@ def main() -> int:
         model = write_test_model(folder / "model")
         requests = mixed_requests(120, seed=options.seed, longest=900)
         stock = generate(model, requests, folder, kv_cache_memory_bytes=256 * MIB)
-        with soaking(model, requests, stock.tokens, folder, options.engines, options.seed) as soak:
+        how = options.engines, options.seed, options.stock
+        with soaking(model, requests, stock.tokens, folder, *how) as soak:
             found = soak.run(options.minutes)
     print(json.dumps(vars(found), indent=1))
     if options.json:
@@ -354,6 +369,7 @@ def main() -> int:
             "setup": {
                 "minutes": options.minutes,
                 "engines": options.engines,
+                "stock": options.stock,
                 "seed": options.seed,
                 "cores": os.cpu_count(),
                 "budget_bytes": BUDGET_BYTES * options.engines,

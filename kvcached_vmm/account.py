@@ -58,7 +58,7 @@ class Account:
     @property
     def budget_bytes(self) -> int:
         """What all engines on the device may use together."""
-        return self._ledger._header()[3]
+        return int(self._ledger._agreed[3])
 
     @property
     def terms(self) -> Terms:
@@ -325,8 +325,13 @@ class Account:
         ledger = self._ledger
         used = kept = fixed = reserved = 0
         waiter_heard = 0.0
-        for slot in ledger._used():
-            if slot != self.slot:
+        for slot in range(ledger._most_used):
+            if not ledger._pid(slot):
+                at = records.record_at(slot)
+                empty = ledger._map[at : at + records.RECORD_BYTES] == records.EMPTY
+                if not empty and not ledger._is_dead(slot):
+                    raise ledger._damaged(f"Record {slot}")
+            elif slot != self.slot:
                 _, terms, use, _ = ledger._record(slot)
                 has = use.committed + use.reserved
                 used += has

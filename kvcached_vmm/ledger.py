@@ -272,10 +272,7 @@ class Ledger:
         """
         header = self._header()
         if header[:5] != self._agreed or header[5] < self._most_used:
-            raise LedgerError(
-                f"The header of the ledger {self.path} is damaged; stop the engines on "
-                f"{self.device} and delete the file, or set KVCACHED_DIR to another folder."
-            )
+            raise self._damaged("The header")
         self._most_used = header[5]
         if self._is_replaced:
             raise replaced(self.path)
@@ -303,12 +300,15 @@ class Ledger:
             return known[1]
         record = records.parse(raw)
         if record is None:
-            raise LedgerError(
-                f"Record {slot} of the ledger {self.path} is damaged; stop the engines on "
-                f"{self.device} and delete the file, or set KVCACHED_DIR to another folder."
-            )
+            raise self._damaged(f"Record {slot}")
         self._read[slot] = raw, record
         return record
+
+    def _damaged(self, what: str) -> LedgerError:
+        return LedgerError(
+            f"{what} of the ledger {self.path} is damaged; stop the engines on {self.device} and "
+            "delete the file, or set KVCACHED_DIR to another folder."
+        )
 
     def _write(self, slot: int, section: records.Section, values: tuple[object, ...]) -> None:
         raw = section.pack(values)
@@ -358,7 +358,7 @@ class Ledger:
     def _erase(self, slot: int) -> None:
         self._writing.epoch += 1
         at = records.record_at(slot)
-        self._map[at : at + records.RECORD_BYTES] = bytes(records.RECORD_BYTES)
+        self._map[at : at + records.RECORD_BYTES] = records.EMPTY
 
     def _ring(self) -> None:
         with self._threads:

@@ -26,6 +26,9 @@ while one after the other gets the lock before it."""
 
 LONGEST_PAUSE_SECONDS = 0.0005
 
+_LARGEST_COUNT = (1 << 64) - 1
+"""What is there may be anything: the count goes on from 0 then."""
+
 _FLOCK = struct.Struct("hhqqi4x")
 _ADVICE = "point KVCACHED_DIR at a folder of your own."
 
@@ -135,7 +138,7 @@ class Writing:
         changes = self._count[0]
         if changes != self._changes:
             self.epoch += 1
-        self._changes = (changes | 1) + 1
+        self._changes = ((changes | 1) + 1) & _LARGEST_COUNT
         self._count[0] = changes | 1
 
     def __exit__(self, *_: object) -> None:

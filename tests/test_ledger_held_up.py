@@ -157,7 +157,7 @@ def test_the_first_call_waits_for_a_moment_only(
     }
     begin = time.monotonic()
     calls[call]()
-    assert time.monotonic() - begin < MOMENT_S + 0.05
+    assert time.monotonic() - begin < 1.0, "20 ms, on a machine that has nothing else to do"
     holder.let_go()
     if call == "close":
         with contextlib.closing(Ledger.open(folder, "host")) as ledger:
