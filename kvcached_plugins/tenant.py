@@ -93,6 +93,8 @@ class Tenant:
         self._cache_bytes = shares.cache_bytes()
         pool.bound_cache(self._cache_bytes)
         owed = pool.committed_bytes - pool.admission.limit_bytes
+        if owed > 0:
+            owed -= pool.spending().leaving_bytes
         waits = shares.others_wait()
         if waits:
             self._calm_at = now + CALM_SECONDS

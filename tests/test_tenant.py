@@ -176,6 +176,20 @@ def test_a_lower_maximum_takes_what_can_be_spared_and_stops_new_requests(
     assert len(ada.admit(8)) == 32
 
 
+def test_what_is_on_its_way_out_is_not_taken_again_for_a_lower_maximum(
+    engines: tuple[Engine, Engine],
+) -> None:
+    """An engine that serves releases with its next step, and looks again before that."""
+    ada, bob = engines
+    ada.cache(12)
+    bob.account._ledger.set_terms(ada.seen, maximum_bytes=8 * UNIT)
+    leaving = ada.tenant.owed(urgent=True)
+    assert leaving
+    assert ada.tenant.owed(urgent=True) == []
+    ada.pool.released(leaving)
+    assert 6 * UNIT <= ada.pool.committed_bytes <= 8 * UNIT
+
+
 def test_a_trim_takes_all_that_can_be_spared_once(engines: tuple[Engine, Engine]) -> None:
     ada, bob = engines
     running = ada.admit(3)
