@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from kvcached_plugins import control
 from kvcached_plugins.shares import Shares
 from kvcached_vmm import records
-from kvcached_vmm.errors import KVCachedError, LedgerError
 from kvcached_vmm.account import Account
+from kvcached_vmm.errors import KVCachedError, LedgerError
 from kvcached_vmm.ledger import Ledger
-from kvcached_vmm.pool import Spending
+from kvcached_vmm.policy import Spending
 from kvcached_vmm.records import FILE_BYTES, HEADER_BYTES, RECORD_BYTES
 from kvcached_vmm.units import MIB
 

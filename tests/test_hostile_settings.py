@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kvcached_plugins.settings import Settings, enabled
-from kvcached_vmm.errors import SettingsError
 from kvcached_vmm.account import Account
+from kvcached_vmm.errors import SettingsError
 from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.units import LARGEST, MIB
 
