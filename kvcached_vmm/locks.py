@@ -21,10 +21,16 @@ BRIEF_SECONDS = 0.02
 loses its core."""
 
 PATIENT_SECONDS = 5.0
-"""The same for somebody who starts an engine or changes limits; and for how long an engine waits
-while one after the other gets the lock before it."""
+"""The same for somebody who starts an engine or changes limits."""
 
-LONGEST_PAUSE_SECONDS = 0.0005
+UNLUCKY = 5
+"""Waiting ends after so many times the patience, though one after the other gets the lock."""
+
+SPIN_SECONDS = 0.0001
+PAUSE_SECONDS = 0.005
+"""Who waits tries again and again for a moment: a writer that runs needs no longer. One that has
+lost its core gets it back the sooner the less often others try: with 8 writers on 2 cores, pauses
+of 0.5 ms made 1 in 100 wait for 3 ms, and pauses of 5 ms for 0.1 ms."""
 
 _LARGEST_COUNT = (1 << 64) - 1
 """What is there may be anything: the count goes on from 0 then."""
@@ -158,17 +164,18 @@ class Writing:
 
 def wait_for_lock(fd: int, patience_s: float, progress: Callable[[], int] = int) -> bool:
     """Take the lock on byte 0; False if ``progress`` stays the same for ``patience_s``."""
-    now = time.monotonic()
-    last, seen_at, seen = now + PATIENT_SECONDS, now, progress()
-    pause_s = 0.0
+    begun = seen_at = time.monotonic()
+    seen = progress()
     while not try_lock(fd, 0):
         now = time.monotonic()
         if seen != progress():
             seen, seen_at = progress(), now
-        if now - seen_at > patience_s or now > last:
+        if now - seen_at > patience_s or now - begun > UNLUCKY * patience_s:
             return False
-        time.sleep(pause_s)
-        pause_s = min(pause_s * 2 + 2e-5, LONGEST_PAUSE_SECONDS)
+        if now - begun < SPIN_SECONDS:
+            os.sched_yield()
+        else:
+            time.sleep(PAUSE_SECONDS)
     return True
 
 
