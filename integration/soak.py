@@ -1,7 +1,7 @@
 """Engines under random load with aggressive release, compared with stock vLLM token for token.
 
     python -m integration.soak [--minutes 10] [--engines 1] [--seed S] [--stock]
-        [--json FILE]
+        [--against FILE] [--json FILE]
 
 Memory without content goes at once and cached blocks after 0.2 s, so that a block that is used
 after its memory has gone is a fault of the process. Requests arrive in bursts, share prefixes, and
@@ -96,6 +96,8 @@ class Soak:
         stock: bool,
     ) -> None:
         self._stock = stock
+        self.stock_growth: dict[str, float] = {}
+        """By how much memory grows without us: that of vLLM's worker does, on a CPU."""
         self.found = Findings()
         self._requests = requests
         self._reference = reference
@@ -301,7 +303,7 @@ class Soak:
             of_memory = name.startswith("memory_mib")
             spare = {"descriptors": CLIENTS * len(self.servers), "threads": 4}.get(name, 0)
             if of_memory:
-                spare = 0.05 * first + 16
+                spare = max(0.05, self.stock_growth.get(name, 0.0)) * first + 16
             warm = not of_memory or len(samples) > WARM_SAMPLES
             if warm and last > first + spare:
                 found.grown.append(f"{name}: {first:.1f} -> {last:.1f}")
@@ -345,12 +347,19 @@ def soaking(
         made.stop()
 
 
+def growth(report: Path) -> dict[str, float]:
+    """By which part each figure of a soak grew."""
+    found = json.loads(report.read_text())["findings"]
+    return {name: found["last"][name] / was - 1 for name, was in found["first"].items() if was}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--engines", type=int, choices=(1, 2, 3), default=1)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--stock", action="store_true", help="the same without us, to compare with")
+    parser.add_argument("--against", type=Path, help="what --stock --json wrote, for the growth")
     parser.add_argument("--json", type=Path, help="write the findings here")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
@@ -361,6 +370,7 @@ def main() -> int:
         stock = generate(model, requests, folder, kv_cache_memory_bytes=256 * MIB)
         how = options.engines, options.seed, options.stock
         with soaking(model, requests, stock.tokens, folder, *how) as soak:
+            soak.stock_growth = growth(options.against) if options.against else {}
             found = soak.run(options.minutes)
     print(json.dumps(vars(found), indent=1))
     if options.json:
