@@ -169,7 +169,7 @@ def test_what_cannot_be_unmapped_is_seen_and_comes_back(patient: Patient) -> Non
     assert wait_until(patient.is_at_rest, 5.0, 0.02), patient.accounts()
 
 
-@pytest.mark.parametrize("share", [0.02, 0.1])
+@pytest.mark.parametrize("share", [0.02, 0.06])
 def test_calls_fail_at_random(
     share: float, patient: Patient, requests: list[Request], reference: list[list[int]]
 ) -> None:
