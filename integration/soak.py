@@ -77,9 +77,16 @@ class Findings:
     last: dict[str, float] = field(default_factory=dict)
 
     def failures(self) -> dict[str, Any]:
-        names = ("different", "errors", "over_committed_bytes", "uncounted_bytes")
-        names += ("grown", "left", "ended")
-        return {name: getattr(self, name) for name in names if getattr(self, name)}
+        bad = [
+            "different",
+            "errors",
+            "over_committed_bytes",
+            "uncounted_bytes",
+            "grown",
+            "left",
+            "ended",
+        ]
+        return {name: getattr(self, name) for name in bad if getattr(self, name)}
 
 
 class Soak:
@@ -97,7 +104,8 @@ class Soak:
     ) -> None:
         self._stock = stock
         self.stock_growth: dict[str, float] = {}
-        """By how much memory grows without us: that of vLLM's worker does, on a CPU."""
+        """MiB a minute by which an engine grows without us: vLLM's worker does, on a CPU."""
+        self._minutes = 0.0
         self.found = Findings()
         self._requests = requests
         self._reference = reference
@@ -123,6 +131,7 @@ class Soak:
         self._samples: list[dict[str, float]] = []
 
     def run(self, minutes: float) -> Findings:
+        self._minutes = minutes
         for server in self.servers:
             server.wait_ready()
         files = [ArenaFiles(server.process.pid) for server in self.servers]
@@ -178,13 +187,8 @@ class Soak:
 
     def _cut_off(self, server: Server, request: Request, lines: int) -> None:
         """Close the connection after a few tokens."""
-        body = {
-            "model": "model",
-            "prompt": request.prompt,
-            "max_tokens": request.max_tokens,
-            "temperature": 0,
-            "stream": True,
-        }
+        body = {"model": "model", "prompt": request.prompt, "max_tokens": request.max_tokens}
+        body |= {"temperature": 0, "stream": True}
         url = f"{server.url}/v1/completions"
         with httpx.stream("POST", url, json=body, timeout=120) as answer:
             for count, _ in enumerate(answer.iter_lines()):
@@ -303,7 +307,8 @@ class Soak:
             of_memory = name.startswith("memory_mib")
             spare = {"descriptors": CLIENTS * len(self.servers), "threads": 4}.get(name, 0)
             if of_memory:
-                spare = max(0.05, self.stock_growth.get(name, 0.0)) * first + 16
+                without_us = self.stock_growth.get(name, 0.0) * len(self.servers)
+                spare = max(0.05 * first, 1.1 * without_us * self._minutes / 2) + 16
             warm = not of_memory or len(samples) > WARM_SAMPLES
             if warm and last > first + spare:
                 found.grown.append(f"{name}: {first:.1f} -> {last:.1f}")
@@ -348,9 +353,11 @@ def soaking(
 
 
 def growth(report: Path) -> dict[str, float]:
-    """By which part each figure of a soak grew."""
-    found = json.loads(report.read_text())["findings"]
-    return {name: found["last"][name] / was - 1 for name, was in found["first"].items() if was}
+    """How much each figure of an engine grew in a minute; first and last are half a soak apart."""
+    read = json.loads(report.read_text())
+    found, setup = read["findings"], read["setup"]
+    parts = setup["engines"] * setup["minutes"] / 2
+    return {name: (found["last"][name] - was) / parts for name, was in found["first"].items()}
 
 
 def main() -> int:
