@@ -278,11 +278,13 @@ def test_64_engines_that_start_at_once_all_get_their_part(tmp_path: Path) -> Non
             assert account.held_up
         account.commit(grant, grant)
         theirs.send_bytes(bytes([grant == MIB]))
+        theirs.close()
         time.sleep(60)
 
     processes = [fork.Process(target=engine, args=(n,), daemon=True) for n in range(64)]
     for process in processes:
         process.start()
+    theirs.close()  # of an engine that fails nothing comes, and then the pipe ends
     try:
         assert [ours.recv_bytes() for _ in processes] == [b"\1"] * 64
         with contextlib.closing(Ledger.open(folder, "host")) as ledger:
