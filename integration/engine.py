@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -114,33 +113,25 @@ def family(pid: int) -> list[psutil.Process]:
 def arenas(pid: int) -> dict[int, int]:
     """The KV ranges that a process holds: bytes in memory of each, by the memfd's inode.
 
-    Two views of the kernel, and the larger one counts: the pages that the file has, mapped or not,
-    and the pages that this process's mappings of it have.
+    The kernel's count for the file, which is one number: smaps is read in parts, and memory that
+    moves meanwhile is in it twice.
     """
-    mapped: Counter[int] = Counter()
     held: dict[int, int] = {}
     with contextlib.suppress(OSError):
-        inode = None
-        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-            words = line.split()
-            if not words[0].endswith(":"):
-                inode = int(words[4]) if _ARENA in line else None
-            elif inode is not None and words[0] == "Rss:":
-                mapped[inode] += int(words[1]) * 1024
         for entry in Path(f"/proc/{pid}/fd").iterdir():
-            if _ARENA in str(entry.readlink()):
-                found = entry.stat()
-                held[found.st_ino] = found.st_blocks * 512
-    return {inode: max(mapped[inode], held.get(inode, 0)) for inode in {*mapped, *held}}
+            with contextlib.suppress(OSError):
+                if _ARENA in str(entry.readlink()):
+                    found = entry.stat()
+                    held[found.st_ino] = found.st_blocks * 512
+    return held
 
 
 def kv_bytes(pid: int) -> int:
     """Bytes behind the KV ranges of a process and its descendants; shared ranges count once."""
-    largest: dict[int, int] = {}
+    held: dict[int, int] = {}
     for process in family(pid):
-        for inode, size_bytes in arenas(process.pid).items():
-            largest[inode] = max(size_bytes, largest.get(inode, 0))
-    return sum(largest.values())
+        held |= arenas(process.pid)
+    return sum(held.values())
 
 
 class ArenaFiles:
