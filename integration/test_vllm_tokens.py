@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +13,8 @@ import pytest
 
 from integration.conftest import Pair, elastic_env
 from integration.engine import MIB, Generated, Request, generate, needs_vllm
+from integration.probe import wait_for_grant
+from kvcached_vmm.ledger import Ledger
 
 pytestmark = [pytest.mark.engine, needs_vllm]
 
@@ -103,6 +108,46 @@ def test_a_tight_budget_preempts_and_is_kept(
 
     assert generated.preemptions > 0
     assert generated.peak_bytes <= BUDGET_BYTES
+
+
+def test_tokens_beside_a_neighbour_who_takes_memory_between_and_during_steps(
+    plugin: None,
+    model: Path,
+    requests: list[Request],
+    reference: list[list[int]],
+    tmp_path: Path,
+) -> None:
+    """The engine core is in one process with its worker: it answers while a step runs."""
+    some, budget = requests[-100:], 32 * MIB
+    env = {
+        **elastic_env(tmp_path / "ledger"),
+        "KVCACHED_BUDGET": str(budget),
+        "KVCACHED_EXTENT": "1MiB",
+    }
+    done = threading.Event()
+    grants: list[float] = []
+
+    def neighbour() -> None:
+        with contextlib.closing(Ledger.open(tmp_path / "ledger", "host")) as ledger:
+            account = ledger.join("neighbour", budget)
+            while not done.is_set():
+                with contextlib.suppress(TimeoutError):
+                    grants.append(wait_for_grant(account, 12 * MIB, MIB, timeout_s=5))
+                    time.sleep(0.05)
+                    account.cancel(12 * MIB)
+                time.sleep(0.02)
+
+    thread = threading.Thread(target=neighbour)
+    thread.start()
+    try:
+        generated = generate(model, some, tmp_path, env=env, enable_prefix_caching=True)
+    finally:
+        done.set()
+        thread.join()
+
+    assert differences(some, generated.tokens, reference[-len(some) :]) == []
+    assert len(grants) > 20
+    assert generated.peak_bytes > 16 * MIB, "the neighbour had nothing to take"
 
 
 def test_tokens_over_http_with_both_servers_busy(

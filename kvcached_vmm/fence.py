@@ -74,6 +74,11 @@ class Quarantine:
     def __len__(self) -> int:
         return sum(len(extents) for _, _, extents in self._waiting)
 
+    @property
+    def oldest_step(self) -> int | None:
+        """The step at which the extents that have waited for longest were ordered."""
+        return self._waiting[0][0] if self._waiting else None
+
     def put(self, step: int, extents: Sequence[int]) -> None:
         """Hold ``extents``, ordered at ``step``, until the work given to the device is done."""
         if extents:

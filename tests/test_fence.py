@@ -34,6 +34,19 @@ def quarantine(*marks: Mark) -> Quarantine:
     return Quarantine(coming.popleft)
 
 
+def test_a_quarantine_tells_which_step_has_waited_longest() -> None:
+    first, second = FakeMark(), FakeMark(passed=True)
+    waiting = quarantine(first, second)
+    assert waiting.oldest_step is None
+    waiting.put(3, [1])
+    waiting.put(4, [])
+    waiting.put(5, [2])
+    assert waiting.oldest_step == 3
+    first.passed = True
+    waiting.take(0)
+    assert waiting.oldest_step is None
+
+
 def test_a_step_is_quiet_when_it_and_all_before_it_have_finished() -> None:
     clock = StepClock()
     assert clock.quiet(0)

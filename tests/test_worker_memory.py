@@ -102,6 +102,39 @@ def test_what_cannot_be_unmapped_is_in_the_ledger_until_it_is(worker: Worker, fo
     assert made.arena.committed_bytes == 3 * PAGE == driver.driver.allocated_bytes
 
 
+class Device:
+    """Sets marks that it passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        assert self.done, "this would have waited for the device"
+
+
+def test_orders_are_open_until_their_extents_are_released(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _ = worker
+    run(made, step(1, [1, 2, 3]))
+    assert made.open_step(release=True) == 2  # of step 2 the worker has not heard yet
+
+    device = Device()
+    monkeypatch.setattr(made._quarantine, "_mark", lambda: device)
+    made.obey(Orders(2, (1,)))  # beside the launch of step 2, which somebody waits for
+    run(made, step(2, [4], release=(2,)))
+    assert made.open_step(release=True) == 2
+    assert made.arena.committed == {0, 1, 2, 3, 4}
+
+    device.done = True
+    assert made.open_step(release=False) == 2
+    assert made.open_step(release=True) == 3
+    assert made.arena.committed == {0, 3, 4}
+
+
 def test_a_ledger_that_is_full_learns_of_leftovers_when_it_is_not(
     worker: Worker, folder: Path
 ) -> None:

@@ -83,7 +83,7 @@ class WorkerMemory:
         )
         self._quarantine = Quarantine(self._mark)
         self._last_mark: Mark | None = None
-        self._launched_step = self._done_step = 0
+        self._ordered_step = self._launched_step = self._done_step = 0
         self.driver_seconds = 0.0
         self._settings = settings
         self._leftovers = Leftovers(self.arena, self._lock, lambda: self._join("not given back"))
@@ -103,6 +103,7 @@ class WorkerMemory:
             if missing:
                 self._commit(missing)
             if orders is not None:
+                self._ordered_step = orders.step
                 self._quarantine.put(orders.step, orders.release)
 
     def after_step(self, scheduler_output: Any) -> None:
@@ -126,6 +127,19 @@ class WorkerMemory:
             if self._last_mark is not None and self._last_mark.query():
                 self._done_step, self._last_mark = self._launched_step, None
             return Progress(self._done_step, len(self._quarantine), self.driver_seconds)
+
+    def open_step(self, release: bool) -> int:
+        """The first step whose orders are not all carried out.
+
+        Args:
+            release: carry out now what can be, without waiting for the device.
+        """
+        with self._using_the_arena():
+            if release:
+                self._release(overdue_step=0)
+            waiting = self._quarantine.oldest_step
+            after = self._ordered_step + 1
+            return after if waiting is None else min(waiting, after)
 
     def start(self) -> WorkerReport:
         """Start-up is over: keep the first extent only, and leave the accounts to the engine."""

@@ -148,11 +148,35 @@ class Steward:
         self._tenant.report()
 
     def finished(self, scheduler_output: Any) -> None:
-        """The results of a step are here, so the one before it has released what it was told to."""
+        """The results of a step are here.
+
+        The one before it has released what it was told to. A worker in this process tells what it
+        has released since, and releases at once what others wait for.
+        """
         orders: Orders | None = getattr(scheduler_output, ATTRIBUTE, None)
-        if orders is not None:
-            self.clock.finish(orders.step)
+        if orders is None:
+            return
+        self.clock.finish(orders.step)
+        if self._local is None:
             self._confirm(orders.step)
+        elif self._leaving:
+            owed = any(each.owed_at for each in self._leaving)
+            self._confirm(self._local.open_step(release=owed))
+
+    def answer(self) -> None:
+        """Release what others are owed beside a running step, if the worker is in this process.
+
+        No scheduling round is under way, since that holds the pool's lock.
+        """
+        with self.pool.lock:
+            if self._local is None or self._stopped.is_set():
+                return
+            owed, step = self._tenant.owed(urgent=True), self.clock.launched
+            if owed:
+                self._leave(step, (), owed)
+                self._local.obey(Orders(step, tuple(owed)))
+            if self._leaving:
+                self._confirm(self._local.open_step(release=bool(owed)))
 
     def idle(self, *_: Any) -> None:
         """Release what is due though the engine takes no steps.
@@ -163,8 +187,7 @@ class Steward:
         with self.pool.lock:
             if self._stopped.is_set() or self._is_stepping():
                 return
-            step = self.clock.launched
-            release = self.pool.tick(IDLE_BATCH)
+            step, release = self.clock.launched, self.pool.tick(IDLE_BATCH)
             owed = self._tenant.owed(urgent=True)
             self._leave(step, release, owed)
             if self._leaving or self.clock.finished < step:
@@ -223,10 +246,12 @@ class Steward:
         if not spare and not self._tenant.must_answer():
             return
         self._next_look = now + min(1.0, max(LOOK_SECONDS, self.pool.policy.decay_seconds / 4))
-        if self._local is not None:
-            self.idle()
-        else:
+        if self._local is None:
             self._call_from_main_thread()
+        elif self._is_stepping():
+            self.answer()
+        else:
+            self.idle()
 
     @property
     def stopped(self) -> bool:
