@@ -24,23 +24,11 @@ from dataclasses import replace
 from typing import Generic
 
 from kvcached_vmm.admission import Admission
+from kvcached_vmm.cache import AGES_SECONDS, Cache, evictable, remove_last
 from kvcached_vmm.extents import ExtentMap
 from kvcached_vmm.fence import StepClock
-from kvcached_vmm.holding import Holding
+from kvcached_vmm.holding import EMPTY, IDLE, LEAVING, RESIDENT, Extent, Holding
 from kvcached_vmm.policy import B, Budget, Policy, Spending
-from kvcached_vmm.recency import (
-    AGES_SECONDS,
-    EMPTY,
-    IDLE,
-    LEAVING,
-    RESIDENT,
-    UNUSED,
-    CacheAges,
-    Extent,
-    Uses,
-    evictable,
-    remove_last,
-)
 
 LOOK_SECONDS = 0.1
 """How often ``tick`` looks for extents that have become idle or too old; less if they decay sooner.
@@ -95,14 +83,12 @@ class ElasticPool(Generic[B]):
         self._stack: list[B] = []
         self._sorted = True
         self._idle: OrderedDict[Extent[B], None] = OrderedDict()
-        self._uses: Uses[B] = Uses()
+        self._cache = Cache(self._extents, self._owner, self._unit)
         self._resident_blocks = 0
-        self._cached_blocks = 0
         self._granted_blocks = 0
         self._looked = -1.0
         self._leaving = 0
         self.admission = Admission(extents)
-        self._ages: CacheAges[B] = CacheAges(self._unit)
         self.num_free_blocks = 0
         """Blocks that can be handed out now without asking anybody: free, cached, and granted."""
         self.wake()
@@ -110,7 +96,7 @@ class ElasticPool(Generic[B]):
     @property
     def cached_blocks(self) -> int:
         """Free blocks whose content is kept."""
-        return self._cached_blocks
+        return self._cache.num_blocks
 
     @property
     def live_blocks(self) -> int:
@@ -129,19 +115,19 @@ class ElasticPool(Generic[B]):
             block = self.extents.block_bytes
             return Spending(
                 self.live_blocks * block,
-                self._cached_blocks * block,
-                self._ages.size_bytes,
+                self.cached_blocks * block,
+                self._cache.evictable_bytes,
                 len(self._idle) * self._unit,
                 self._leaving * self._unit,
-                self._ages.parcels(),
+                self._cache.ages(),
             )
 
     def look_at_cache(self) -> None:
         """Find out what could be evicted, unless that was done just now."""
         with self.lock:
             now = self._now()
-            if now - self._ages.noted_at >= LOOK_SECONDS:
-                self._ages.note(self._uses.by_age(), self._sort(), now)
+            if now - self._cache.noted_at >= LOOK_SECONDS:
+                self._cache.note_ages(self._sort(), now)
 
     def bound_cache(self, cache_bytes: int | None) -> None:
         """Cached blocks may hold this much from now on; None: no bound."""
@@ -150,9 +136,15 @@ class ElasticPool(Generic[B]):
             self._looked = -1.0
 
     @property
+    def _most_cached(self) -> int:
+        """Blocks that may be cached."""
+        bound, each = self.policy.cache_bytes, self.extents.block_bytes
+        return self.extents.num_blocks if bound is None else bound // each
+
+    @property
     def has_spare(self) -> bool:
         """Whether time alone may set an extent free."""
-        return bool(self._idle or self._cached_blocks or not self._sorted)
+        return bool(self._idle or self.cached_blocks or not self._sorted)
 
     def take(self, count: int) -> list[B]:
         """Hand out ``count`` blocks, at most ``num_free_blocks``; the caller holds ``lock``.
@@ -181,10 +173,6 @@ class ElasticPool(Generic[B]):
             del stack[-missing:]
         return taken
 
-    def take_one(self) -> B:
-        """Hand out one block."""
-        return self.take(1)[0]
-
     def put(self, blocks: Collection[B]) -> None:
         """Take blocks back whose content is of no use."""
         if not blocks:
@@ -195,21 +183,12 @@ class ElasticPool(Generic[B]):
             self.num_free_blocks += len(blocks)
 
     def keep(self, blocks: Collection[B]) -> None:
-        """Take blocks back whose content may be asked for again (``reclaim_cached``)."""
+        """Take blocks back whose content may be asked for again (``reclaim_cached``). The pool
+        holds on to ``blocks``, which must not change any more."""
         if not blocks:
             return
         with self.lock:
-            owner = self._owner
-            moment = (self._now(), self._clock.launched)
-            used: list[Extent[B]] = []
-            for block in blocks:
-                extent = owner[block.block_id]
-                extent.cached.append(block)
-                if extent.used is not moment:
-                    extent.used = moment
-                    used.append(extent)
-            self._uses.add(moment, used)
-            self._cached_blocks += len(blocks)
+            self._cache.keep(blocks, (self._now(), self._clock.launched))
             self.num_free_blocks += len(blocks)
 
     def reclaim_cached(self, block: B) -> None:
@@ -218,10 +197,7 @@ class ElasticPool(Generic[B]):
             extent = self._owner[block.block_id]
             assert extent.state in (RESIDENT, IDLE), "a block without memory cannot be live"
             self.num_free_blocks -= 1
-            if remove_last(extent.cached, block):
-                self._cached_blocks -= 1
-                if not extent.cached:
-                    extent.used = UNUSED
+            if self._cache.remove(block):
                 return
             if extent.state == IDLE:
                 self._stack += self._leave_idle(extent).blocks
@@ -231,15 +207,12 @@ class ElasticPool(Generic[B]):
     def prepare(self, count: int, hits: Iterable[B] = ()) -> None:
         """Ask the budget for what is missing: the engine is about to want ``count`` blocks, among
         them ``hits``, free ones whose content it will use. The caller holds ``lock``."""
-        short = count - (self.num_free_blocks - self._cached_blocks)
+        short = count - (self.num_free_blocks - self.cached_blocks)
         if short <= 0:
             return
-        cached_hits = self._cached_among(hits)
+        cached_hits = self._cache.among(hits) if hits else 0
         short -= cached_hits
-        bound = self.policy.cache_bytes
-        if bound is not None:
-            over = self._cached_blocks - bound // self.extents.block_bytes
-            short -= max(0, over - cached_hits)
+        short -= max(0, self.cached_blocks - self._most_cached - cached_hits)
         if short > 0:
             short = min(short, self._holding.spare * self._span)
             short -= self._reserve(-(-short // self._span)) * self._span
@@ -279,15 +252,13 @@ class ElasticPool(Generic[B]):
             now = self._now()
             if now - self._looked >= min(LOOK_SECONDS, self.policy.decay_seconds / 4):
                 self._looked = now
-                past = now - self.policy.cache_seconds
-                while (oldest := self._uses.oldest()) and oldest.used[0] <= past:
-                    self._forget(oldest)
-                if len(self._uses) > 2 * len(self._extents):
-                    self._uses.tidy()
-                self._heed_bound()
+                self._cache.enter()
+                past, most = now - self.policy.cache_seconds, self._most_cached
+                self._forget_while(lambda e: e.used[0] <= past or self.cached_blocks > most)
+                self._cache.tidy()
                 free_blocks = self._sort()
-                if now - self._ages.noted_at >= AGES_SECONDS:
-                    self._ages.note(self._uses.by_age(), free_blocks, now)
+                if now - self._cache.noted_at >= AGES_SECONDS:
+                    self._cache.note_ages(free_blocks, now)
             due = now - self.policy.decay_seconds
             spare = len(self._idle)
             if self.live_blocks:
@@ -307,12 +278,12 @@ class ElasticPool(Generic[B]):
             free_blocks = self._sort()
             own_bytes = self.extents.own_bytes
             spare = sum(own_bytes(extent.index) for extent in self._idle)
-            for extent in evictable(self._uses.by_age(), free_blocks):
+            for extent in evictable(self._cache.by_age(), free_blocks):
                 if spare >= wanted_bytes:
                     break
                 self._forget(extent)
                 spare += own_bytes(extent.index)
-            self._ages.note(self._uses.by_age(), self._sort(), self._now())
+            self._cache.note_ages(self._sort(), self._now())
             leaving: list[int] = []
             for extent in list(self._idle):
                 if wanted_bytes <= 0:
@@ -336,8 +307,7 @@ class ElasticPool(Generic[B]):
     def forget_all(self) -> None:
         """No cached content is of any use."""
         with self.lock:
-            while extent := self._uses.oldest():
-                self._forget(extent)
+            self._forget_while(lambda _: True)
 
     def sleep(self) -> None:
         """All memory is gone, that of the first extent too. No block may be live."""
@@ -352,7 +322,7 @@ class ElasticPool(Generic[B]):
             self._stack.clear()
             self._idle.clear()
             self._resident_blocks = self.num_free_blocks = self._leaving = 0
-            self._ages = CacheAges(self._unit)
+            self._cache.note_ages({}, self._now())
 
     def wake(self) -> bool:
         """Ask for the memory of the first extent; False if the budget has none to grant now."""
@@ -372,12 +342,9 @@ class ElasticPool(Generic[B]):
         elif self._holding.grants:
             self._stack += self._grow().blocks
         else:
-            stack = self._stack
-            while len(stack) < wanted and (extent := self._uses.oldest()):
-                stack += extent.drop_cached()
-            assert stack, "more blocks were asked for than num_free_blocks"
-            stack.reverse()
-            self._cached_blocks -= len(stack)
+            blocks = self._cache.evict(wanted)
+            assert blocks, "more blocks were asked for than num_free_blocks"
+            self._stack += reversed(blocks)
             self._sorted = False
 
     def _sort(self) -> dict[Extent[B], int]:
@@ -400,24 +367,11 @@ class ElasticPool(Generic[B]):
         self._sorted = True
         return {self._extents[index]: -count for count, index, _ in partly}
 
-    def _heed_bound(self) -> None:
-        """Forget the oldest cached extents beyond what cached blocks may hold."""
-        bound = self.policy.cache_bytes
-        if bound is not None:
-            most = bound // self.extents.block_bytes
-            while self._cached_blocks > most and (oldest := self._uses.oldest()):
-                self._forget(oldest)
-
-    def _cached_among(self, blocks: Iterable[B]) -> int:
-        """How many of ``blocks`` are cached; those of one extent should follow each other."""
-        count, last = 0, None
-        cached: set[int] = set()
-        for block in blocks:
-            extent = self._owner[block.block_id]
-            if extent is not last:
-                last, cached = extent, {each.block_id for each in extent.cached}
-            count += block.block_id in cached
-        return count
+    def _forget_while(self, holds: Callable[[Extent[B]], bool]) -> None:
+        """Forget the extent that nobody has used for longest, as long as ``holds`` says so of it;
+        the engine forgets its content when it is reused."""
+        while (extent := self._cache.oldest()) and holds(extent):
+            self._forget(extent)
 
     def _grow(self) -> Extent[B]:
         extent = self._extents[self._holding.grow()]
@@ -448,10 +402,9 @@ class ElasticPool(Generic[B]):
         return extent
 
     def _forget(self, extent: Extent[B]) -> None:
-        """Keep the content of ``extent`` no longer; the engine forgets it when it is reused."""
+        """Keep the content of ``extent`` no longer."""
         extent.quiet_step = extent.used[1]
-        blocks = extent.drop_cached()
-        self._cached_blocks -= len(blocks)
+        blocks = self._cache.drop(extent)
         if len(blocks) == len(extent.blocks) and extent.index:
             self._become_idle(extent)
         else:
