@@ -16,6 +16,7 @@ made anew a few times a second, and blocks that come back in between wait at the
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections import OrderedDict, defaultdict
@@ -31,8 +32,7 @@ from kvcached_vmm.holding import EMPTY, IDLE, LEAVING, RESIDENT, Extent, Holding
 from kvcached_vmm.policy import B, Budget, Policy, Spending
 
 LOOK_SECONDS = 0.1
-"""How often ``tick`` looks for extents that have become idle or too old; less if they decay sooner.
-A look costs about 0.2 us for each block on the stack."""
+"""How often ``tick`` looks for idle or old extents; 0.2 us for each block on the stack."""
 
 RELEASE_BATCH = 4
 """Extents given back beside a step. A driver call takes up to 0.2 ms while kernels run (H200), and
@@ -84,10 +84,8 @@ class ElasticPool(Generic[B]):
         self._sorted = True
         self._idle: OrderedDict[Extent[B], None] = OrderedDict()
         self._cache = Cache(self._extents, self._owner, self._unit)
-        self._resident_blocks = 0
-        self._granted_blocks = 0
+        self._resident_blocks = self._granted_blocks = self._leaving = 0
         self._looked = -1.0
-        self._leaving = 0
         self.admission = Admission(extents)
         self.num_free_blocks = 0
         """Blocks that can be handed out now without asking anybody: free, cached, and granted."""
@@ -112,15 +110,10 @@ class ElasticPool(Generic[B]):
         """What the committed bytes are good for; what could be evicted, as of the last
         ``look_at_cache``."""
         with self.lock:
-            block = self.extents.block_bytes
-            return Spending(
-                self.live_blocks * block,
-                self.cached_blocks * block,
-                self._cache.evictable_bytes,
-                len(self._idle) * self._unit,
-                self._leaving * self._unit,
-                self._cache.ages(),
-            )
+            cache, block = self._cache, self.extents.block_bytes
+            live, cached = self.live_blocks * block, cache.num_blocks * block
+            idle, leaving = len(self._idle) * self._unit, self._leaving * self._unit
+            return Spending(live, cached, cache.evictable_bytes, idle, leaving, cache.ages())
 
     def look_at_cache(self) -> None:
         """Find out what could be evicted, unless that was done just now."""
@@ -134,12 +127,6 @@ class ElasticPool(Generic[B]):
         if cache_bytes != self.policy.cache_bytes:
             self.policy = replace(self.policy, cache_bytes=cache_bytes)
             self._looked = -1.0
-
-    @property
-    def _most_cached(self) -> int:
-        """Blocks that may be cached."""
-        bound, each = self.policy.cache_bytes, self.extents.block_bytes
-        return self.extents.num_blocks if bound is None else bound // each
 
     @property
     def has_spare(self) -> bool:
@@ -212,7 +199,7 @@ class ElasticPool(Generic[B]):
             return
         cached_hits = self._cache.among(hits) if hits else 0
         short -= cached_hits
-        short -= max(0, self.cached_blocks - self._most_cached - cached_hits)
+        short -= max(0, self.cached_blocks - self.policy.most_cached(self.extents) - cached_hits)
         if short > 0:
             short = min(short, self._holding.spare * self._span)
             short -= self._reserve(-(-short // self._span)) * self._span
@@ -249,60 +236,43 @@ class ElasticPool(Generic[B]):
             ``released``, later.
         """
         with self.lock:
-            now = self._now()
-            if now - self._looked >= min(LOOK_SECONDS, self.policy.decay_seconds / 4):
+            now, decay = self._now(), self.policy.decay_seconds
+            if now - self._looked >= min(LOOK_SECONDS, decay / 4):
                 self._looked = now
                 self._cache.enter()
-                past, most = now - self.policy.cache_seconds, self._most_cached
+                past, most = now - self.policy.cache_seconds, self.policy.most_cached(self.extents)
                 self._forget_while(lambda e: e.used[0] <= past or self.cached_blocks > most)
                 self._cache.tidy()
                 free_blocks = self._sort()
                 if now - self._cache.noted_at >= AGES_SECONDS:
                     self._cache.note_ages(free_blocks, now)
-            due = now - self.policy.decay_seconds
             spare = len(self._idle)
             if self.live_blocks:
                 spare -= self.policy.reserve_bytes // self._unit
-            leaving: list[int] = []
-            for extent in list(itertools.islice(self._idle, max(0, min(spare, limit)))):
-                if extent.idle_since > due:
-                    break
-                if self._clock.quiet(extent.quiet_step):
-                    leaving.append(self._leave(extent))
-            return leaving
+            oldest = list(itertools.islice(self._idle, max(0, min(spare, limit))))
+            return self._leave(extent for extent in oldest if extent.idle_since <= now - decay)
 
     def reclaim(self, wanted_bytes: int) -> list[int]:
         """Give back at least ``wanted_bytes`` if there is that much to spare: idle extents first,
         then cached ones, oldest first. Live blocks stay. Answer as for ``tick``."""
         with self.lock:
             free_blocks = self._sort()
-            own_bytes = self.extents.own_bytes
-            spare = sum(own_bytes(extent.index) for extent in self._idle)
+            spare = sum(self.extents.own_bytes(extent.index) for extent in self._idle)
             for extent in evictable(self._cache.by_age(), free_blocks):
                 if spare >= wanted_bytes:
                     break
                 self._forget(extent)
-                spare += own_bytes(extent.index)
+                spare += self.extents.own_bytes(extent.index)
             self._cache.note_ages(self._sort(), self._now())
-            leaving: list[int] = []
-            for extent in list(self._idle):
-                if wanted_bytes <= 0:
-                    break
-                if self._clock.quiet(extent.quiet_step):
-                    leaving.append(self._leave(extent))
-                    wanted_bytes -= own_bytes(extent.index)
-            return leaving
+            return self._leave(list(self._idle), wanted_bytes)
 
     def released(self, extents: Iterable[int]) -> None:
         """The memory of ``extents`` is gone."""
         with self.lock:
             gone = [self._extents[index] for index in extents]
             assert all(extent.state == LEAVING for extent in gone)
-            for extent in gone:
-                extent.state = EMPTY
             self._leaving -= len(gone)
-            self._holding.remove(extent.index for extent in gone)
-            self._count_grants()
+            self._lose(gone)
 
     def forget_all(self) -> None:
         """No cached content is of any use."""
@@ -316,9 +286,7 @@ class ElasticPool(Generic[B]):
             self.settle()
             self.forget_all()
             self._evict([block for extent in self._idle for block in extent.blocks] + self._stack)
-            self._holding.remove(e.index for e in self._extents if e.state != EMPTY)
-            for extent in self._extents:
-                extent.state = EMPTY
+            self._lose([extent for extent in self._extents if extent.state != EMPTY])
             self._stack.clear()
             self._idle.clear()
             self._resident_blocks = self.num_free_blocks = self._leaving = 0
@@ -327,8 +295,7 @@ class ElasticPool(Generic[B]):
     def wake(self) -> bool:
         """Ask for the memory of the first extent; False if the budget has none to grant now."""
         with self.lock:
-            first = self._extents[0]
-            if first.state == EMPTY:
+            if self._extents[0].state == EMPTY:
                 self._reserve(1)
                 if not self._holding.grants:
                     return False
@@ -391,6 +358,12 @@ class ElasticPool(Generic[B]):
         self.num_free_blocks += self._holding.granted_blocks - self._granted_blocks
         self._granted_blocks = self._holding.granted_blocks
 
+    def _lose(self, extents: Sequence[Extent[B]]) -> None:
+        for extent in extents:
+            extent.state = EMPTY
+        self._holding.remove(extent.index for extent in extents)
+        self._count_grants()
+
     def _become_idle(self, extent: Extent[B]) -> None:
         extent.state = IDLE
         extent.idle_since = self._now()
@@ -411,11 +384,17 @@ class ElasticPool(Generic[B]):
             self._stack[:0] = blocks
             self._sorted = False
 
-    def _leave(self, extent: Extent[B]) -> int:
-        self._leave_idle(extent)
-        self._evict(extent.blocks)
-        extent.state = LEAVING
-        self._leaving += 1
-        self._resident_blocks -= len(extent.blocks)
-        self.num_free_blocks -= len(extent.blocks)
-        return extent.index
+    def _leave(self, extents: Iterable[Extent[B]], wanted_bytes: float = math.inf) -> list[int]:
+        """Give back those of these idle ``extents`` that are quiet, until that is enough."""
+        leaving: list[int] = []
+        for extent in extents:
+            if wanted_bytes > 0 and self._clock.quiet(extent.quiet_step):
+                self._leave_idle(extent)
+                self._evict(extent.blocks)
+                extent.state = LEAVING
+                self._leaving += 1
+                self._resident_blocks -= len(extent.blocks)
+                self.num_free_blocks -= len(extent.blocks)
+                leaving.append(extent.index)
+                wanted_bytes -= self.extents.own_bytes(extent.index)
+        return leaving
