@@ -4,9 +4,40 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
+from typing import Generic
 
 from kvcached_vmm.extents import ExtentMap, Footprint
-from kvcached_vmm.policy import Budget
+from kvcached_vmm.policy import B, Budget
+
+EMPTY, RESIDENT, IDLE, LEAVING = range(4)
+
+Moment = tuple[float, int]
+"""Seconds, and the last step launched by then. Moments are told apart by identity, not by value."""
+
+UNUSED: Moment = (0.0, 0)
+"""The moment of an extent that has no cached block."""
+
+
+class Extent(Generic[B]):
+    """What a pool knows of an extent.
+
+    Attributes:
+        blocks: those that can be handed out, the last one first.
+        cached: those that are free and kept, in the order in which they came.
+        used: when the last of them came.
+        quiet_step: steps after this one do not touch the extent, if all its blocks are free.
+    """
+
+    __slots__ = ("blocks", "cached", "idle_since", "index", "quiet_step", "state", "used")
+
+    def __init__(self, index: int, blocks: list[B]) -> None:
+        self.index = index
+        self.blocks = blocks
+        self.cached: list[B] = []
+        self.state = EMPTY
+        self.quiet_step = 0
+        self.idle_since = 0.0
+        self.used = UNUSED
 
 
 class Holding:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from kvcached_vmm.extents import ExtentMap
+
 
 class Block(Protocol):
     """What the pool needs to know of an engine's block."""
@@ -51,6 +53,11 @@ class Policy:
     cache_seconds: float = 60.0
     cache_bytes: int | None = None
     reserve_bytes: int = 0
+
+    def most_cached(self, extents: ExtentMap) -> int:
+        """How many blocks may be cached before new blocks evict them."""
+        bound = self.cache_bytes
+        return extents.num_blocks if bound is None else bound // extents.block_bytes
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ made anew a few times a second, and blocks that come back in between wait at the
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections import OrderedDict, defaultdict
@@ -24,27 +25,14 @@ from dataclasses import replace
 from typing import Generic
 
 from kvcached_vmm.admission import Admission
+from kvcached_vmm.cache import AGES_SECONDS, Cache, evictable, remove_last
 from kvcached_vmm.extents import ExtentMap
 from kvcached_vmm.fence import StepClock
-from kvcached_vmm.holding import Holding
+from kvcached_vmm.holding import EMPTY, IDLE, LEAVING, RESIDENT, Extent, Holding
 from kvcached_vmm.policy import B, Budget, Policy, Spending
-from kvcached_vmm.recency import (
-    AGES_SECONDS,
-    EMPTY,
-    IDLE,
-    LEAVING,
-    RESIDENT,
-    UNUSED,
-    CacheAges,
-    Extent,
-    Uses,
-    evictable,
-    remove_last,
-)
 
 LOOK_SECONDS = 0.1
-"""How often ``tick`` looks for extents that have become idle or too old; less if they decay sooner.
-A look costs about 0.2 us for each block on the stack."""
+"""How often ``tick`` looks for idle or old extents; 0.2 us for each block on the stack."""
 
 RELEASE_BATCH = 4
 """Extents given back beside a step. A driver call takes up to 0.2 ms while kernels run (H200), and
@@ -95,14 +83,10 @@ class ElasticPool(Generic[B]):
         self._stack: list[B] = []
         self._sorted = True
         self._idle: OrderedDict[Extent[B], None] = OrderedDict()
-        self._uses: Uses[B] = Uses()
-        self._resident_blocks = 0
-        self._cached_blocks = 0
-        self._granted_blocks = 0
+        self._cache = Cache(self._extents, self._owner, self._unit)
+        self._resident_blocks = self._granted_blocks = self._leaving = 0
         self._looked = -1.0
-        self._leaving = 0
         self.admission = Admission(extents)
-        self._ages: CacheAges[B] = CacheAges(self._unit)
         self.num_free_blocks = 0
         """Blocks that can be handed out now without asking anybody: free, cached, and granted."""
         self.wake()
@@ -110,7 +94,7 @@ class ElasticPool(Generic[B]):
     @property
     def cached_blocks(self) -> int:
         """Free blocks whose content is kept."""
-        return self._cached_blocks
+        return self._cache.num_blocks
 
     @property
     def live_blocks(self) -> int:
@@ -126,22 +110,17 @@ class ElasticPool(Generic[B]):
         """What the committed bytes are good for; what could be evicted, as of the last
         ``look_at_cache``."""
         with self.lock:
-            block = self.extents.block_bytes
-            return Spending(
-                self.live_blocks * block,
-                self._cached_blocks * block,
-                self._ages.size_bytes,
-                len(self._idle) * self._unit,
-                self._leaving * self._unit,
-                self._ages.parcels(),
-            )
+            cache, block = self._cache, self.extents.block_bytes
+            live, cached = self.live_blocks * block, cache.num_blocks * block
+            idle, leaving = len(self._idle) * self._unit, self._leaving * self._unit
+            return Spending(live, cached, cache.evictable_bytes, idle, leaving, cache.ages())
 
     def look_at_cache(self) -> None:
         """Find out what could be evicted, unless that was done just now."""
         with self.lock:
             now = self._now()
-            if now - self._ages.noted_at >= LOOK_SECONDS:
-                self._ages.note(self._uses.by_age(), self._sort(), now)
+            if now - self._cache.noted_at >= LOOK_SECONDS:
+                self._cache.note_ages(self._sort(), now)
 
     def bound_cache(self, cache_bytes: int | None) -> None:
         """Cached blocks may hold this much from now on; None: no bound."""
@@ -152,7 +131,7 @@ class ElasticPool(Generic[B]):
     @property
     def has_spare(self) -> bool:
         """Whether time alone may set an extent free."""
-        return bool(self._idle or self._cached_blocks or not self._sorted)
+        return bool(self._idle or self.cached_blocks or not self._sorted)
 
     def take(self, count: int) -> list[B]:
         """Hand out ``count`` blocks, at most ``num_free_blocks``; the caller holds ``lock``.
@@ -181,10 +160,6 @@ class ElasticPool(Generic[B]):
             del stack[-missing:]
         return taken
 
-    def take_one(self) -> B:
-        """Hand out one block."""
-        return self.take(1)[0]
-
     def put(self, blocks: Collection[B]) -> None:
         """Take blocks back whose content is of no use."""
         if not blocks:
@@ -195,21 +170,12 @@ class ElasticPool(Generic[B]):
             self.num_free_blocks += len(blocks)
 
     def keep(self, blocks: Collection[B]) -> None:
-        """Take blocks back whose content may be asked for again (``reclaim_cached``)."""
+        """Take blocks back whose content may be asked for again (``reclaim_cached``). The pool
+        holds on to ``blocks``, which must not change any more."""
         if not blocks:
             return
         with self.lock:
-            owner = self._owner
-            moment = (self._now(), self._clock.launched)
-            used: list[Extent[B]] = []
-            for block in blocks:
-                extent = owner[block.block_id]
-                extent.cached.append(block)
-                if extent.used is not moment:
-                    extent.used = moment
-                    used.append(extent)
-            self._uses.add(moment, used)
-            self._cached_blocks += len(blocks)
+            self._cache.keep(blocks, (self._now(), self._clock.launched))
             self.num_free_blocks += len(blocks)
 
     def reclaim_cached(self, block: B) -> None:
@@ -218,10 +184,7 @@ class ElasticPool(Generic[B]):
             extent = self._owner[block.block_id]
             assert extent.state in (RESIDENT, IDLE), "a block without memory cannot be live"
             self.num_free_blocks -= 1
-            if remove_last(extent.cached, block):
-                self._cached_blocks -= 1
-                if not extent.cached:
-                    extent.used = UNUSED
+            if self._cache.remove(block):
                 return
             if extent.state == IDLE:
                 self._stack += self._leave_idle(extent).blocks
@@ -231,15 +194,12 @@ class ElasticPool(Generic[B]):
     def prepare(self, count: int, hits: Iterable[B] = ()) -> None:
         """Ask the budget for what is missing: the engine is about to want ``count`` blocks, among
         them ``hits``, free ones whose content it will use. The caller holds ``lock``."""
-        short = count - (self.num_free_blocks - self._cached_blocks)
+        short = count - (self.num_free_blocks - self.cached_blocks)
         if short <= 0:
             return
-        cached_hits = self._cached_among(hits)
+        cached_hits = self._cache.among(hits) if hits else 0
         short -= cached_hits
-        bound = self.policy.cache_bytes
-        if bound is not None:
-            over = self._cached_blocks - bound // self.extents.block_bytes
-            short -= max(0, over - cached_hits)
+        short -= max(0, self.cached_blocks - self.policy.most_cached(self.extents) - cached_hits)
         if short > 0:
             short = min(short, self._holding.spare * self._span)
             short -= self._reserve(-(-short // self._span)) * self._span
@@ -276,68 +236,48 @@ class ElasticPool(Generic[B]):
             ``released``, later.
         """
         with self.lock:
-            now = self._now()
-            if now - self._looked >= min(LOOK_SECONDS, self.policy.decay_seconds / 4):
+            now, decay = self._now(), self.policy.decay_seconds
+            if now - self._looked >= min(LOOK_SECONDS, decay / 4):
                 self._looked = now
-                past = now - self.policy.cache_seconds
-                while (oldest := self._uses.oldest()) and oldest.used[0] <= past:
-                    self._forget(oldest)
-                if len(self._uses) > 2 * len(self._extents):
-                    self._uses.tidy()
-                self._heed_bound()
+                self._cache.enter()
+                past, most = now - self.policy.cache_seconds, self.policy.most_cached(self.extents)
+                self._forget_while(lambda e: e.used[0] <= past or self.cached_blocks > most)
+                self._cache.tidy()
                 free_blocks = self._sort()
-                if now - self._ages.noted_at >= AGES_SECONDS:
-                    self._ages.note(self._uses.by_age(), free_blocks, now)
-            due = now - self.policy.decay_seconds
+                if now - self._cache.noted_at >= AGES_SECONDS:
+                    self._cache.note_ages(free_blocks, now)
             spare = len(self._idle)
             if self.live_blocks:
                 spare -= self.policy.reserve_bytes // self._unit
-            leaving: list[int] = []
-            for extent in list(itertools.islice(self._idle, max(0, min(spare, limit)))):
-                if extent.idle_since > due:
-                    break
-                if self._clock.quiet(extent.quiet_step):
-                    leaving.append(self._leave(extent))
-            return leaving
+            oldest = list(itertools.islice(self._idle, max(0, min(spare, limit))))
+            return self._leave(extent for extent in oldest if extent.idle_since <= now - decay)
 
     def reclaim(self, wanted_bytes: int) -> list[int]:
         """Give back at least ``wanted_bytes`` if there is that much to spare: idle extents first,
         then cached ones, oldest first. Live blocks stay. Answer as for ``tick``."""
         with self.lock:
             free_blocks = self._sort()
-            own_bytes = self.extents.own_bytes
-            spare = sum(own_bytes(extent.index) for extent in self._idle)
-            for extent in evictable(self._uses.by_age(), free_blocks):
+            spare = sum(self.extents.own_bytes(extent.index) for extent in self._idle)
+            for extent in evictable(self._cache.by_age(), free_blocks):
                 if spare >= wanted_bytes:
                     break
                 self._forget(extent)
-                spare += own_bytes(extent.index)
-            self._ages.note(self._uses.by_age(), self._sort(), self._now())
-            leaving: list[int] = []
-            for extent in list(self._idle):
-                if wanted_bytes <= 0:
-                    break
-                if self._clock.quiet(extent.quiet_step):
-                    leaving.append(self._leave(extent))
-                    wanted_bytes -= own_bytes(extent.index)
-            return leaving
+                spare += self.extents.own_bytes(extent.index)
+            self._cache.note_ages(self._sort(), self._now())
+            return self._leave(list(self._idle), wanted_bytes)
 
     def released(self, extents: Iterable[int]) -> None:
         """The memory of ``extents`` is gone."""
         with self.lock:
             gone = [self._extents[index] for index in extents]
             assert all(extent.state == LEAVING for extent in gone)
-            for extent in gone:
-                extent.state = EMPTY
             self._leaving -= len(gone)
-            self._holding.remove(extent.index for extent in gone)
-            self._count_grants()
+            self._lose(gone)
 
     def forget_all(self) -> None:
         """No cached content is of any use."""
         with self.lock:
-            while extent := self._uses.oldest():
-                self._forget(extent)
+            self._forget_while(lambda _: True)
 
     def sleep(self) -> None:
         """All memory is gone, that of the first extent too. No block may be live."""
@@ -346,19 +286,16 @@ class ElasticPool(Generic[B]):
             self.settle()
             self.forget_all()
             self._evict([block for extent in self._idle for block in extent.blocks] + self._stack)
-            self._holding.remove(e.index for e in self._extents if e.state != EMPTY)
-            for extent in self._extents:
-                extent.state = EMPTY
+            self._lose([extent for extent in self._extents if extent.state != EMPTY])
             self._stack.clear()
             self._idle.clear()
             self._resident_blocks = self.num_free_blocks = self._leaving = 0
-            self._ages = CacheAges(self._unit)
+            self._cache.note_ages({}, self._now())
 
     def wake(self) -> bool:
         """Ask for the memory of the first extent; False if the budget has none to grant now."""
         with self.lock:
-            first = self._extents[0]
-            if first.state == EMPTY:
+            if self._extents[0].state == EMPTY:
                 self._reserve(1)
                 if not self._holding.grants:
                     return False
@@ -372,12 +309,9 @@ class ElasticPool(Generic[B]):
         elif self._holding.grants:
             self._stack += self._grow().blocks
         else:
-            stack = self._stack
-            while len(stack) < wanted and (extent := self._uses.oldest()):
-                stack += extent.drop_cached()
-            assert stack, "more blocks were asked for than num_free_blocks"
-            stack.reverse()
-            self._cached_blocks -= len(stack)
+            blocks = self._cache.evict(wanted)
+            assert blocks, "more blocks were asked for than num_free_blocks"
+            self._stack += reversed(blocks)
             self._sorted = False
 
     def _sort(self) -> dict[Extent[B], int]:
@@ -400,24 +334,11 @@ class ElasticPool(Generic[B]):
         self._sorted = True
         return {self._extents[index]: -count for count, index, _ in partly}
 
-    def _heed_bound(self) -> None:
-        """Forget the oldest cached extents beyond what cached blocks may hold."""
-        bound = self.policy.cache_bytes
-        if bound is not None:
-            most = bound // self.extents.block_bytes
-            while self._cached_blocks > most and (oldest := self._uses.oldest()):
-                self._forget(oldest)
-
-    def _cached_among(self, blocks: Iterable[B]) -> int:
-        """How many of ``blocks`` are cached; those of one extent should follow each other."""
-        count, last = 0, None
-        cached: set[int] = set()
-        for block in blocks:
-            extent = self._owner[block.block_id]
-            if extent is not last:
-                last, cached = extent, {each.block_id for each in extent.cached}
-            count += block.block_id in cached
-        return count
+    def _forget_while(self, holds: Callable[[Extent[B]], bool]) -> None:
+        """Forget the extent that nobody has used for longest, as long as ``holds`` says so of it;
+        the engine forgets its content when it is reused."""
+        while (extent := self._cache.oldest()) and holds(extent):
+            self._forget(extent)
 
     def _grow(self) -> Extent[B]:
         extent = self._extents[self._holding.grow()]
@@ -437,6 +358,12 @@ class ElasticPool(Generic[B]):
         self.num_free_blocks += self._holding.granted_blocks - self._granted_blocks
         self._granted_blocks = self._holding.granted_blocks
 
+    def _lose(self, extents: Sequence[Extent[B]]) -> None:
+        for extent in extents:
+            extent.state = EMPTY
+        self._holding.remove(extent.index for extent in extents)
+        self._count_grants()
+
     def _become_idle(self, extent: Extent[B]) -> None:
         extent.state = IDLE
         extent.idle_since = self._now()
@@ -448,21 +375,26 @@ class ElasticPool(Generic[B]):
         return extent
 
     def _forget(self, extent: Extent[B]) -> None:
-        """Keep the content of ``extent`` no longer; the engine forgets it when it is reused."""
+        """Keep the content of ``extent`` no longer."""
         extent.quiet_step = extent.used[1]
-        blocks = extent.drop_cached()
-        self._cached_blocks -= len(blocks)
+        blocks = self._cache.drop(extent)
         if len(blocks) == len(extent.blocks) and extent.index:
             self._become_idle(extent)
         else:
             self._stack[:0] = blocks
             self._sorted = False
 
-    def _leave(self, extent: Extent[B]) -> int:
-        self._leave_idle(extent)
-        self._evict(extent.blocks)
-        extent.state = LEAVING
-        self._leaving += 1
-        self._resident_blocks -= len(extent.blocks)
-        self.num_free_blocks -= len(extent.blocks)
-        return extent.index
+    def _leave(self, extents: Iterable[Extent[B]], wanted_bytes: float = math.inf) -> list[int]:
+        """Give back those of these idle ``extents`` that are quiet, until that is enough."""
+        leaving: list[int] = []
+        for extent in extents:
+            if wanted_bytes > 0 and self._clock.quiet(extent.quiet_step):
+                self._leave_idle(extent)
+                self._evict(extent.blocks)
+                extent.state = LEAVING
+                self._leaving += 1
+                self._resident_blocks -= len(extent.blocks)
+                self.num_free_blocks -= len(extent.blocks)
+                leaving.append(extent.index)
+                wanted_bytes -= self.extents.own_bytes(extent.index)
+        return leaving

@@ -290,3 +290,30 @@ def test_a_prefix_that_only_the_engine_still_knows_is_no_memory_besides() -> Non
     assert world.pool.num_free_blocks == 3
     world.pool.prepare(6, [world.blocks[number] for number in first])
     assert world.pool.num_free_blocks >= 6
+
+
+def test_what_came_back_just_now_outlives_its_neighbours_in_the_extent() -> None:
+    """Uses are entered late: eviction takes what was kept before, and not what is not entered."""
+    world = World(FOUR, Policy(), limit_extents=3)
+    world.keep(serve(world, 11))
+    world.tick(0.2)
+    world.hit(4)
+    world.keep([4])
+    assert len(world.pool._cache._news) == 1
+    serve(world, 10)
+    assert world.cached == {4}
+    assert world.pool.cached_blocks == 1
+    world.check()
+
+
+def test_a_large_cache_is_evicted_a_thousandth_at_a_time_and_still_hit() -> None:
+    world = World(ExtentMap(8192, [Region(0, PAGE)], PAGE, 4), Policy())
+    world.budget.limit = world.budget.generosity = 8192 * PAGE
+    world.keep(serve(world, 8191))
+    taken = serve(world, 1)
+    ahead = world.cached - {block.block_id for e in world.pool._extents for block in e.cached}
+    assert len(taken) + len(ahead) == 8191 // 1024
+    assert world.pool.cached_blocks == 8191 - 1 - len(ahead)
+    world.hit(min(ahead))
+    world.tick(0.2)
+    world.check()

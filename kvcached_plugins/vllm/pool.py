@@ -14,11 +14,13 @@ class ElasticFreeQueue(ElasticPool[KVCacheBlock]):
     vLLM prepends blocks whose content is of no use and appends those that are cached.
     """
 
-    popleft = ElasticPool.take_one
     popleft_n = ElasticPool.take
     prepend_n = ElasticPool.put
     append_n = ElasticPool.keep
     remove = ElasticPool.reclaim_cached
+
+    def popleft(self) -> KVCacheBlock:
+        return self.take(1)[0]
 
     def append(self, block: KVCacheBlock) -> None:
         self.keep([block])
