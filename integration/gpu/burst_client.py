@@ -1,4 +1,7 @@
-"""Plays bursts on one server when told to, with the request function of vLLM's own benchmark.
+"""Plays loads on one server when told to.
+
+Bursts go through the request function of vLLM's own benchmark. Open-loop traffic goes through a
+stream of our own, which also knows how far a request was when its load is called off.
 
 Run by neighbours.py and reclaim.py as a child, one for each server: a client in one process would
 be the bottleneck for two. Orders are files in a folder, ``LABEL.go``; so are the answers,
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -17,9 +21,12 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from integration.gpu import traffic
 from integration.gpu.bursts import Json, Load, Reply, prompts
 from integration.gpu.process import Child, environment, python
 from integration.gpu.record import write_json
+from integration.gpu.slo import CUT_OFF
+from integration.gpu.traffic import Ask
 
 LOOK_S = 0.01
 LEAD_S = 0.5
@@ -50,6 +57,11 @@ class BurstClient:
         spec = {"label": label, "at": at, "load": load, "seed": seed, "streams": streams}
         write_json(self.folder / f"{label}.go", spec)
 
+    def send(self, label: str, at: float, asks: Sequence[Ask], seed: int, until: float) -> None:
+        """Each of ``asks`` at its second after ``at``; what still runs at ``until`` is cut off."""
+        spec = {"label": label, "at": at, "asks": asks, "seed": seed, "until": until}
+        write_json(self.folder / f"{label}.go", spec)
+
     def release(self, label: str) -> None:
         (self.folder / f"{label}.enough").touch()
 
@@ -63,6 +75,36 @@ class BurstClient:
                 Reply(*each) for each in json.loads((self.folder / f"{label}.replies").read_text())
             ]
         return []
+
+
+class Streamed:
+    """The answer to one request as it comes in, server-sent events line by line."""
+
+    def __init__(self, started: float, wanted: int) -> None:
+        self.started = started
+        self.wanted = wanted
+        self.error: str | None = None
+        self._moments: list[float] = []
+        self._tokens = 0
+
+    def take(self, line: bytes, now: float) -> None:
+        if not line.startswith(b"data: {"):
+            return
+        event = json.loads(line[len(b"data: ") :])
+        if "error" in event:
+            self.error = str(event["error"])[:200]
+        if event.get("choices"):
+            self._moments.append(now)
+        if usage := event.get("usage"):
+            self._tokens = usage["completion_tokens"]
+
+    def reply(self) -> Reply:
+        moments, error = self._moments, self.error
+        if error is None and self._tokens != self.wanted:
+            error = f"{self._tokens} tokens came back"
+        first_s = round(moments[0] - self.started, 5) if moments else 0.0
+        gaps = [round(late - early, 5) for early, late in itertools.pairwise(moments)]
+        return Reply(self.started, first_s, gaps, self._tokens, error)
 
 
 class Player:
@@ -92,7 +134,12 @@ class Player:
                 await asyncio.sleep(LOOK_S)
 
     async def _play(self, order: Json) -> None:
-        load, label = Load(*order["load"]), order["label"]
+        label = order["label"]
+        if "asks" in order:
+            replies = await self._traffic(order)
+            write_json(self.folder / f"{label}.replies", replies)
+            return
+        load = Load(*order["load"])
         if order["streams"]:
             replies = await self._stream(label, load, order["seed"], order["streams"])
         else:
@@ -101,6 +148,42 @@ class Player:
             asked = (self._ask(prompt, load.output_tokens) for prompt in ready)
             replies = list(await asyncio.gather(*asked))
         write_json(self.folder / f"{label}.replies", replies)
+
+    async def _traffic(self, order: Json) -> list[Reply]:
+        asks = [Ask(*each) for each in order["asks"]]
+        ready = traffic.prompts(asks, self._vocabulary, order["seed"])
+
+        async def one(ask: Ask, prompt: Sequence[int]) -> Reply:
+            await asyncio.sleep(order["at"] + ask.at_s - time.time())
+            streamed = Streamed(time.time(), ask.output_tokens)
+            try:
+                left_s = order["until"] - time.time()
+                await asyncio.wait_for(self._follow(prompt, streamed), max(0.1, left_s))
+            except asyncio.TimeoutError:  # not the builtin before 3.11
+                streamed.error = CUT_OFF
+            except Exception as error:
+                streamed.error = f"{type(error).__name__}: {error}"[:200]
+            return streamed.reply()
+
+        both = zip(asks, ready, strict=True)
+        return list(await asyncio.gather(*(one(ask, prompt) for ask, prompt in both)))
+
+    async def _follow(self, prompt: Sequence[int], streamed: Streamed) -> None:
+        body = {
+            "model": self._model,
+            "prompt": list(prompt),
+            "max_tokens": streamed.wanted,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        async with self._session.post(self._url, json=body) as answer:
+            if answer.status != 200:
+                streamed.error = f"status {answer.status}: {(await answer.text())[:150]}"
+                return
+            async for line in answer.content:
+                streamed.take(line, time.time())
 
     async def _stream(self, label: str, load: Load, seed: int, streams: int) -> list[Reply]:
         replies: list[Reply] = []

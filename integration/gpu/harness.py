@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from integration.gpu import peer
 from integration.gpu.bursts import Load
 from integration.gpu.record import Json, MemorySampler, facts, tail, write_json
 from integration.models import CACHE_HEAVY, write_model
@@ -64,6 +65,7 @@ def parser(description: str | None, prog: str) -> argparse.ArgumentParser:
     add("--env", type=json_object, default={}, help="more environment for servers")
     add("--plugin-env", type=json_object, default={}, help="more of it with the plugin on")
     add("--port", type=int, default=18080, help="of the first server; others follow")
+    add("--peer", type=Path, default=peer.FOLDER, help="where kvcached is built")
     add("--work", type=Path, default=Path("/tmp"), help="logs and intermediate files")
     add("--cache", type=Path, default=Path("/tmp/k/cache"), help="compile caches")
     return made

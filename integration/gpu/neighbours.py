@@ -17,7 +17,7 @@ from integration.gpu import harness, watch
 from integration.gpu.bursts import ENGINES, Load, Phase, figures, ratios, schedule
 from integration.gpu.process import exit_on_signals, stop_all
 from integration.gpu.record import GIB, Json
-from integration.gpu.tenants import House
+from integration.gpu.tenants import OURS, STOCK, House, Seat
 from integration.gpu.watch import LedgerWatch, gib
 from kvcached_vmm.units import parse_size
 
@@ -71,9 +71,9 @@ class Arm:
         if self.elastic:
             budget = str(o.budget)
             o.plugin_env = {**o.plugin_env, "KVCACHED_BUDGET": budget}
-        size = o.budget if self.elastic else o.budget // 2
-        self.house = House(run, run.work / name, dict.fromkeys(ENGINES, size), self.elastic)
-        self.watch = LedgerWatch(run.work / name / "ledger", run.device, LEDGER_LOOK_S)
+        seat = Seat(o.budget, OURS) if self.elastic else Seat(o.budget // 2, STOCK)
+        self.house = House(run, run.work / name, dict.fromkeys(ENGINES, seat))
+        self.watch = LedgerWatch(self.house.ledger, run.device, LEDGER_LOOK_S)
 
     def play_all(self, phases: Sequence[Phase]) -> None:
         """Start, warm up, play as many phases as there is time for."""

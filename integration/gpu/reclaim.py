@@ -19,7 +19,7 @@ from integration.gpu import floor, harness, watch
 from integration.gpu.bursts import Load, Reply, figures, longest_gap_s, spread_ms
 from integration.gpu.process import exit_on_signals, stop_all
 from integration.gpu.record import GIB, Json
-from integration.gpu.tenants import House
+from integration.gpu.tenants import OURS, House, Seat
 from integration.gpu.vmm_cost import MIB, make_arena
 from integration.gpu.watch import LedgerWatch, gib
 from integration.probe import wait_for_grant
@@ -144,7 +144,7 @@ class Reclaim:
     def play(self) -> None:
         run, o = self.run, self.run.o
         folder = run.work / "elastic"
-        house = House(run, folder, {PEER: self.budget_bytes}, elastic=True)
+        house = House(run, folder, {PEER: Seat(self.budget_bytes, OURS)})
         self.house = house
         try:
             if not house.wait_ready(min(run.deadline, time.time() + o.ready_s)):
@@ -153,7 +153,6 @@ class Reclaim:
                 name = format_size(size)
                 self.found["floor"][name] = floor.measure(o.cpu, size, EXTENT_BYTES, rounds)
             self.save()
-            assert house.ledger is not None
             self.looking = LedgerWatch(house.ledger, run.device, 1.0)
             probe = Probe(Ledger.open(house.ledger, run.device), o.cpu, max(self.sizes))
             try:

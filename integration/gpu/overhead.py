@@ -1,0 +1,287 @@
+"""What the elastic cache costs an engine that has the device to itself: plugin off against on.
+
+Two ``vllm serve`` with the same KV bytes are up at once, and the same open-loop traffic goes to
+one, then to the other, in turns: rates from light to saturated, short and long prompts, common
+prefixes, long answers of staggered lengths. The most telling workloads come first, then all of them
+again with other prompts, for as long as time allows. Writes overhead.json after each pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from integration.gpu import harness, slo, traffic, watch
+from integration.gpu.bursts import Load
+from integration.gpu.options import GRAPHS
+from integration.gpu.process import exit_on_signals, stop_all
+from integration.gpu.record import GIB, Json
+from integration.gpu.slo import Slo
+from integration.gpu.tenants import OURS, STOCK, House, Seat
+from integration.gpu.traffic import Ask
+from integration.gpu.watch import LedgerWatch, gib
+from kvcached_vmm.units import parse_size
+
+ARMS = ("off", "on")
+SATURATED = "saturated"
+BESIDE_KV = 24 * GIB
+"""Weights, activations, graphs and context of one 8B server, generously."""
+GOAL_THROUGHPUT = 0.995
+"""Saturated output tokens per second, on over off, at least."""
+GOAL_TTFT = 1.01
+"""Mean TTFT below saturation, on over off, at most."""
+ANY = Slo(ttft_s=1.0, tpot_s=0.05)
+"""Only to use the figures that a service level comes with; no goal hangs on it."""
+CAVEATS = [
+    "Both servers hold their memory on one device while only one of them is loaded.",
+    "No Inductor compilation, CUDA graphs for decoding at few batch sizes, unless engine_args says "
+    "otherwise: compare on with off.",
+    "Start-up is of two servers that start at once, with a shared compile cache; onoff.py measures "
+    "it alone.",
+    "The first round includes the growth of the elastic cache from nothing.",
+]
+SMALL = {
+    "kv_bytes": 64 << 20,
+    "scale": 0.06,
+    "rate_scale": 0.25,
+    "seconds": 3.0,
+    "tail_s": 10.0,
+    "rounds": 1,
+    "warmup": Load(2, 64, 4),
+    "engine_args": {"enforce_eager": True},
+}
+
+
+class Work(NamedTuple):
+    """A workload: its name, and what makes its requests from a seed."""
+
+    name: str
+    asks: Callable[[int], list[Ask]]
+    below_saturation: bool = True
+
+
+def workloads(o: argparse.Namespace) -> list[Work]:
+    """All of them, in order of worth. ``--scale`` is for lengths, ``--rate-scale`` for rates."""
+    seconds = o.seconds
+
+    def tokens(count: int) -> int:
+        return max(2, round(count * o.scale))
+
+    def at(rate: float, prompt: int, output: int, seed: int) -> list[Ask]:
+        return traffic.steady(rate * o.rate_scale, seconds, tokens(prompt), tokens(output), seed)
+
+    def plain(rate: float) -> Callable[[int], list[Ask]]:
+        return lambda seed: at(rate, 1024, 256, seed)
+
+    count = max(4, round(256 * o.rate_scale * min(1.0, o.scale * 8)))
+    return [
+        Work(SATURATED, lambda seed: traffic.at_once(count, tokens(1024), tokens(256)), False),
+        Work("half load, 11/s", plain(11.0)),
+        Work(
+            "common prefixes, 12/s",
+            lambda seed: traffic.prefixed(at(12.0, 2176, 128, seed), 8, tokens(2048), seed),
+        ),
+        Work(
+            "staggered answers, 4/s",
+            lambda seed: traffic.staggered(at(4.0, 64, 256, seed), tokens(32), tokens(2048), seed),
+        ),
+        Work("short prompts, 40/s", lambda seed: at(40.0, 64, 64, seed)),
+        Work("long prompts, 2/s", lambda seed: at(2.0, 6000, 128, seed)),
+        Work("light, 2/s", plain(2.0)),
+        Work("6/s", plain(6.0)),
+        Work("16/s", plain(16.0)),
+        Work("20/s", plain(20.0), False),
+    ]
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = harness.parser(__doc__, "overhead.py")
+    add = parser.add_argument
+    add("--kv-bytes", type=parse_size, default=30 * GIB, help="of each server; less if need be")
+    add("--seconds", type=float, default=10.0, help="arrivals of one run")
+    add("--tail-s", type=float, default=25.0, help="from the last arrival to the end, at most")
+    add("--rounds", type=int, default=3, help="at most, of all workloads")
+    add("--scale", type=float, default=1.0, help="of all lengths")
+    add("--rate-scale", type=float, default=1.0, help="of all rates")
+    add("--only", default="", help="workloads whose name begins with this")
+    add("--warmup", type=harness.load, default=Load(32, 1024, 16), help="before the first run")
+    parser.set_defaults(engine_args={"compilation_config": GRAPHS})
+    return harness.parse(parser, words, SMALL)
+
+
+class Overhead:
+    """Both servers, and what each workload took on them."""
+
+    def __init__(self, run: harness.Run) -> None:
+        o = run.o
+        self.run = run
+        self.runs: Json = {}
+        self.left_out: list[str] = []
+        if run.on_gpu:
+            most = (run.sampler.total_bytes // 2 - BESIDE_KV) // GIB * GIB
+            o.kv_bytes = min(o.kv_bytes, most)
+        env = {"KVCACHED_BUDGET": str(o.kv_bytes)}
+        seats = {"off": Seat(o.kv_bytes, STOCK), "on": Seat(o.kv_bytes, OURS, env=env)}
+        self.house = House(run, run.work / "both", seats)
+        self.watch = LedgerWatch(self.house.ledger, run.device, 0.1)
+
+    def play(self) -> None:
+        run, o = self.run, self.run.o
+        self.watch.start()
+        if not self.house.wait_ready(min(run.deadline, time.time() + o.ready_s)):
+            return
+        self.house.play("warm-up", o.warmup, {"off": 7, "on": 7}, time.time() + 60.0)
+        longest: dict[str, float] = {}
+        for number in range(o.rounds):
+            for index, work in enumerate(workloads(o)):
+                if not work.name.startswith(o.only):
+                    continue
+                label = f"{number + 1}:{work.name}"
+                expected = longest.get(work.name, 2 * (o.seconds + 6.0))
+                if run.left_s() < 1.1 * expected:
+                    self.left_out.append(label)
+                    continue
+                began = time.time()
+                # Who comes first changes with each round, so that drift hits both.
+                order = ARMS if number % 2 == 0 else ARMS[::-1]
+                for arm in order:
+                    self.one(label, work, arm, seed=1000 * (number + 1) + 10 * index)
+                longest[work.name] = time.time() - began
+                self.save()
+
+    def one(self, label: str, work: Work, arm: str, seed: int) -> None:
+        """One workload on one server."""
+        run, o = self.run, self.run.o
+        asks = work.asks(seed)
+        name = f"{label.replace(':', '-').replace('/', '-per-').replace(' ', '-')}-{arm}"
+        at, off, replies = self.house.send(name, {arm: asks}, seed, o.tail_s, run.deadline)
+        found = slo.served(replies[arm], len(asks), ANY, at, off)
+        found["at_s"] = round(at - o.started, 2)
+        found["device_gib"] = run.sampler.window(at, time.time())
+        if arm == "on":
+            seen = watch.between(self.watch.samples, at, time.time())
+            found["held_gib"] = {
+                "first": gib(seen[0].used_bytes) if seen else None,
+                "most": gib(max((each.used_bytes for each in seen), default=0)),
+            }
+        if found["failed"] or found["cut_off"]:
+            told = f"{found['failed']} failed, {found['cut_off']} cut off"
+            run.note(f"{label} {arm}: {told}: {found['errors']}")
+        self.runs.setdefault(work.name, {}).setdefault(label.split(":")[0], {})[arm] = found
+        print(f"{label} {arm}: ttft {found['ttft_ms']} tpot {found['tpot_ms']}", flush=True)
+
+    def end(self) -> None:
+        self.watch.stop()
+        self.house.stop()
+
+    def summary(self) -> Json:
+        compared = {name: compare(rounds) for name, rounds in self.runs.items()}
+        below = {work.name for work in workloads(self.run.o) if work.below_saturation}
+        return {"workloads": compared, "goals": goals(compared, below)}
+
+    def save(self) -> None:
+        self.run.save(
+            {
+                "caveats": CAVEATS,
+                "kv_bytes": self.run.o.kv_bytes,
+                **self.summary(),
+                "left_out": self.left_out,
+                "runs": self.runs,
+                "servers": self.house.describe(),
+                "memory_series_gib": self.run.sampler.series(self.run.o.started, time.time(), 1.0),
+            }
+        )
+
+
+def figures(found: Json) -> dict[str, float]:
+    """The figures of one run that are compared."""
+    told = {
+        f"{which}_{what}": found[what][which]
+        for what in ("ttft_ms", "tpot_ms")
+        for which in ("mean", "median", "p99")
+        if which in found[what]
+    }
+    if found["output_tokens_per_s"]:
+        told["output_tokens_per_s"] = found["output_tokens_per_s"]
+    return told
+
+
+def compare(rounds: Mapping[str, Json]) -> Json:
+    """Medians over the rounds for each arm, on over off of these, and of each round by itself."""
+    whole = [each for each in rounds.values() if all(arm in each for arm in ARMS)]
+    if not whole:
+        return {}
+    medians: dict[str, dict[str, float]] = {}
+    for arm in ARMS:
+        told = [figures(each[arm]) for each in whole]
+        names = set.intersection(*(set(one) for one in told))
+        medians[arm] = {
+            name: round(statistics.median(one[name] for one in told), 3) for name in sorted(names)
+        }
+    return {
+        "rounds": len(whole),
+        **medians,
+        "on_over_off": over(medians["off"], medians["on"]),
+        "of_each_round": [over(figures(each["off"]), figures(each["on"])) for each in whole],
+    }
+
+
+def over(off: Mapping[str, float], on: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(on[name] / off[name], 4) for name in off if off[name] and name in on}
+
+
+def goals(compared: Mapping[str, Json], below: set[str]) -> Json:
+    """Whether saturated throughput and mean TTFT below saturation are what they must be."""
+    found: Json = {}
+    rate = compared.get(SATURATED, {}).get("on_over_off", {}).get("output_tokens_per_s")
+    if rate is not None:
+        found["throughput"] = {
+            "on_over_off": rate,
+            "at_least": GOAL_THROUGHPUT,
+            "met": rate >= GOAL_THROUGHPUT,
+        }
+    firsts = {
+        name: each["on_over_off"]["mean_ttft_ms"]
+        for name, each in compared.items()
+        if name in below and "mean_ttft_ms" in each.get("on_over_off", {})
+    }
+    if firsts:
+        worst = max(firsts, key=firsts.__getitem__)
+        found["mean_ttft"] = {
+            "worst_on_over_off": firsts[worst],
+            "workload": worst,
+            "at_most": GOAL_TTFT,
+            "met": firsts[worst] <= GOAL_TTFT,
+        }
+    return found
+
+
+def main() -> int:
+    o = parse(sys.argv[1:])
+    exit_on_signals()
+    run = harness.Run("overhead", o)
+    overhead = Overhead(run)
+    try:
+        run.sampler.start()
+        overhead.play()
+    except Exception as error:
+        run.note(f"{type(error).__name__}: {error}"[:300])
+    finally:
+        run.attempt("before the end", overhead.save)
+        overhead.end()
+        stop_all()
+        run.sampler.stop()
+        run.attempt("the last save", overhead.save)
+        print(json.dumps(overhead.summary()["goals"], indent=1))
+        print(f"ended after {time.time() - o.started:.1f} s, logs in {run.work}")
+    told = overhead.summary()["goals"]
+    return 0 if told and not run.notes and all(each["met"] for each in told.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""What must be reached on the GPU, against what the files say was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from integration.report.files import File, Files, number
+
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Found:
+    """One measurement of a goal's figure."""
+
+    value: float
+    text: str
+    met: bool
+    file: str
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure, the best that was published or measured of others, what we want, and where it is
+    looked for. Files of several runs all count: the verdict is that of the worst."""
+
+    figure: str
+    line: str
+    goal: str
+    found: Callable[[Files], Iterator[Found]]
+
+    def row(self, files: Files) -> list[str]:
+        found = list(self.found(files))
+        if not found:
+            return [self.figure, self.line, self.goal, NOT_RUN, "", ""]
+        measured = ", ".join(each.text for each in found)
+        verdict = "met" if all(each.met for each in found) else "**missed**"
+        names = ", ".join(f"`{name}`" for name in dict.fromkeys(each.file for each in found))
+        return [self.figure, self.line, self.goal, measured, verdict, names]
+
+
+def on_gpu(files: Files, *prefixes: str) -> list[File]:
+    """Runs on a CPU through the same code are trials of the code and tell nothing of a GPU."""
+    return [file for file in files.named(*prefixes) if file.on_gpu]
+
+
+def throughput(files: Files) -> Iterator[Found]:
+    for file in on_gpu(files, "onoff-saturated", "overhead"):
+        if "result" in file.data:
+            ratio = file.data["result"]["summary"].get("throughput_on_over_off")
+        else:
+            told = file.data.get("goals", {}).get("throughput")
+            ratio = told and told["on_over_off"]
+        if ratio is not None:
+            yield Found(ratio, number(ratio), ratio >= 0.995, file.name)
+
+
+def first_token(files: Files) -> Iterator[Found]:
+    for file in on_gpu(files, "paired", "overhead"):
+        if "summary" in file.data:
+            ratios = [
+                each["mean_ttft_ms"]
+                for each in file.data["summary"]["pairs"].values()
+                if "mean_ttft_ms" in each
+            ]
+        else:
+            told = file.data.get("goals", {}).get("mean_ttft")
+            ratios = [told["worst_on_over_off"]] if told else []
+        if ratios:
+            worst = max(ratios)
+            text = number(worst)
+            if len(ratios) > 1:
+                text = f"{number(min(ratios))} to {number(worst)}"
+            yield Found(worst, text, worst <= 1.01, file.name)
+
+
+def best_colocation(files: Files) -> Iterator[Found]:
+    for file in on_gpu(files, "colocation"):
+        told = file.data.get("goals", {})
+        if told:
+            value = told["best_p99_ttft_static_over_ours"]
+            text = f"{number(value)}x at {told['best_at']:g}/s ({file.engine_version})"
+            yield Found(value, text, told["best_met"], file.name)
+
+
+def worst_colocation(files: Files) -> Iterator[Found]:
+    for file in on_gpu(files, "colocation"):
+        told = file.data.get("goals", {})
+        if told and told["worst_p99_ttft_ours_over_static"] is not None:
+            value = told["worst_p99_ttft_ours_over_static"]
+            text = f"{number(value)} at {told['worst_at']:g}/s ({file.engine_version})"
+            yield Found(value, text, told["worst_met"], file.name)
+
+
+def footprint(files: Files) -> Iterator[Found]:
+    for file in on_gpu(files, "footprint"):
+        for name, told in file.data.get("goals", {}).items():
+            if name.startswith("after_load"):
+                text = f"{number(told['ratio'])} ({name.removeprefix('after_load_')})"
+                yield Found(told["ratio"], text, told["met"], file.name)
+
+
+def idle(files: Files) -> Iterator[Found]:
+    for file in on_gpu(files, "footprint", "density"):
+        goals = file.data.get("goals", {})
+        told = [goals["idle_kv_bytes"]] if "idle_kv_bytes" in goals else []
+        told += [
+            each["bytes"]
+            for name, each in goals.items()
+            if name.startswith("idle_") and isinstance(each, dict)
+        ]
+        if told:
+            worst = max(told)
+            yield Found(worst, f"{worst / 2**20:.1f} MiB", worst <= 32 << 20, file.name)
+
+
+def wake(shape: str) -> Callable[[Files], Iterator[Found]]:
+    def found(files: Files) -> Iterator[Found]:
+        for file in on_gpu(files, "activation"):
+            told = file.data.get("goals", {})
+            if told and file.data.get("shape") == shape:
+                value = told["wake_to_first_token_ms"] / 1e3
+                yield Found(value, f"{value:.3f} s", told["met"], file.name)
+
+    return found
+
+
+def reclaim(files: Files) -> Iterator[Found]:
+    for file in on_gpu(files, "reclaim"):
+        for told in file.data.get("goals", []):
+            if told["size"] == "8GiB" and told["peer"] == "idle":
+                value = told["grant_ms"]
+                yield Found(value, f"{number(value)} ms", told["met"], file.name)
+
+
+GOALS = (
+    Goal(
+        "saturated throughput, on/off",
+        "kvcached 0.98 (measured on an H200, vLLM 0.30.0)",
+        "at least 0.995",
+        throughput,
+    ),
+    Goal(
+        "mean TTFT below saturation, on/off",
+        "kvcached 1.04 to 1.09 (published)",
+        "at most 1.01",
+        first_token,
+    ),
+    Goal(
+        "colocation: best ratio of p99 TTFT, static/ours",
+        "28x (published, A100-80G)",
+        "at least 28x",
+        best_colocation,
+    ),
+    Goal(
+        "colocation: worst ratio of p99 TTFT at any rate, ours/static",
+        "",
+        "at most 1.02",
+        worst_colocation,
+    ),
+    Goal(
+        "footprint after load / packed floor",
+        "1.4x at best, 4.6x before (published)",
+        "at most 1.15",
+        footprint,
+    ),
+    Goal(
+        "idle KV bytes of an 8B engine",
+        "0.77 to 1.4 GB (published)",
+        "at most 32 MiB",
+        idle,
+    ),
+    Goal("wake to first token, 8B", "0.7 s (published)", "at most 0.5 s", wake("8b")),
+    Goal("wake to first token, 70B fp8", "1.5 s (published)", "at most 1.5 s", wake("70b-fp8")),
+    Goal(
+        "8 GiB from an idle neighbour's cache, request to grant",
+        "not possible",
+        "at most 50 ms",
+        reclaim,
+    ),
+)

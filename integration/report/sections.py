@@ -1,0 +1,380 @@
+"""The tables of the results page, one function for each kind of file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from integration.report.files import File, Json, table
+
+TIMES = ("mean", "median", "p99")
+
+
+def over(two: Json, one: Json, *path: str) -> float | None:
+    """The figure at ``path`` in ``two`` over that in ``one``; None if either lacks it."""
+    values = []
+    for found in (two, one):
+        for name in path:
+            found = found.get(name, {}) if isinstance(found, dict) else {}
+        values.append(found if isinstance(found, (int, float)) else None)
+    second, first = values
+    return second / first if second is not None and first else None
+
+
+def saturated(file: File) -> list[str]:
+    summary = file.data["result"]["summary"]
+    arms = summary["arms"]
+    rows = [
+        [
+            name,
+            each["startup_s"],
+            each["gib"].get("after_start"),
+            each["gib_peak"],
+            each["gib"].get("cache_dropped"),
+        ]
+        for name, each in arms.items()
+    ]
+    lines = table(
+        ["start", "start-up, s", "GiB after start", "GiB, most", "GiB, idle, cache dropped"], rows
+    )
+    rates = summary["output_tokens_per_s"]
+    lines += [
+        "",
+        *table(
+            ["plugin", "output tokens/s, each repetition", "median"],
+            [
+                [
+                    kind,
+                    "; ".join(f"{rate:,.0f}" for rate in rates[kind]),
+                    summary["median"].get(kind),
+                ]
+                for kind in ("off", "on")
+            ],
+        ),
+    ]
+    lines += ["", f"On over off, of the medians: **{summary['throughput_on_over_off']}**."]
+    return lines
+
+
+def preemption(file: File) -> list[str]:
+    rows = []
+    for name, each in file.data["result"]["summary"].items():
+        if "/" in name:
+            rows.append(
+                [
+                    name,
+                    each["requests"],
+                    each["identical"],
+                    each["unexplained"],
+                    each["largest_gap"],
+                ]
+            )
+    return table(
+        ["compared", "requests", "identical", "not explained", "largest gap, log probability"], rows
+    )
+
+
+def tokens(file: File) -> list[str]:
+    rows = [
+        [
+            f"{each['compared']}, {each['load']}",
+            each["requests"],
+            each["identical"],
+            each["median_first_difference"],
+        ]
+        for each in file.data["rows"]
+    ]
+    head = ["greedy tokens compared", "requests", "identical", "median first difference"]
+    return [*table(head, rows), "", file.data["what"]]
+
+
+def paired(file: File) -> list[str]:
+    rows = []
+    for name in dict.fromkeys(label.rsplit("-", 1)[0] for label in file.data["runs"]):
+        off, on = (file.data["runs"].get(f"{name}-{arm}", {}) for arm in ("off", "on"))
+        for what in ("ttft", "tpot"):
+            for which in TIMES:
+                key = f"{which}_{what}_ms"
+                rows.append(
+                    [
+                        f"{name}: {which} {what.upper()}",
+                        off.get(key),
+                        on.get(key),
+                        over(on, off, key),
+                    ]
+                )
+    tokens = [
+        [name, each["requests"], each["identical"], each["unexplained"]]
+        for name, each in file.data["tokens"].items()
+        if "/" in name
+    ]
+    return [
+        *table(["pair, ms", "stock", "elastic", "elastic/stock"], rows),
+        "",
+        *table(["tokens compared", "requests", "identical", "not explained"], tokens),
+    ]
+
+
+def overhead(file: File) -> list[str]:
+    rows = []
+    for name, each in file.data.get("workloads", {}).items():
+        if not each:
+            continue
+        off, on = each["off"], each["on"]
+        for key in (
+            "mean_ttft_ms",
+            "median_ttft_ms",
+            "p99_ttft_ms",
+            "mean_tpot_ms",
+            "median_tpot_ms",
+            "p99_tpot_ms",
+            "output_tokens_per_s",
+        ):
+            label = f"{name} ({each['rounds']}): {key.replace('_', ' ')}"
+            rows.append([label, off.get(key), on.get(key), over(on, off, key)])
+    starts = [[name, each["startup_s"]] for name, each in file.data.get("servers", {}).items()]
+    return [
+        *table(["workload (rounds)", "stock", "elastic", "elastic/stock"], rows),
+        "",
+        *table(["plugin", "start-up of both at once, s"], starts),
+    ]
+
+
+def colocation(file: File) -> list[str]:
+    arms = file.data.get("arms", {})
+    rates = sorted({rate for arm in arms.values() for rate in arm.get("rates", {})}, key=float)
+    rows = []
+    for rate in rates:
+        for kind, arm in arms.items():
+            found = arm.get("rates", {}).get(rate)
+            if found:
+                ttft, tpot = found["ttft_ms"], found["tpot_ms"]
+                bound = (
+                    f" ({found['ttft_lower_bounds']} not yet)" if found["ttft_lower_bounds"] else ""
+                )
+                rows.append(
+                    [
+                        f"{rate}/s, {kind}",
+                        ttft.get("mean"),
+                        f"{ttft.get('p99')}{bound}",
+                        tpot.get("mean"),
+                        found["requests"],
+                        found["within_slo"],
+                        found["preemptions"],
+                    ]
+                )
+    slo = file.data.get("slo", {})
+    lines = table(
+        [
+            "peak of each model, arm",
+            "mean TTFT, ms",
+            "p99 TTFT, ms",
+            "mean TPOT, ms",
+            "requests",
+            "within SLO",
+            "preemptions",
+        ],
+        rows,
+    )
+    lines += [
+        "",
+        *table(
+            ["arm", "within SLO up to", "not from"],
+            [
+                [kind, *(arm["slo_requests_per_s"][name] for name in ("holds_to", "fails_from"))]
+                for kind, arm in arms.items()
+                if "slo_requests_per_s" in arm
+            ],
+        ),
+    ]
+    if slo:
+        lines += [
+            "",
+            f"SLO: TTFT at most {slo['ttft_ms_at_most']:g} ms and TPOT at most "
+            f"{slo['tpot_ms_at_most']:g} ms, for {100 * slo['share_at_least']:g} % of requests.",
+        ]
+    ratio_rows = [
+        [
+            f"{name.replace('_over_', ' / ')} at {rate}/s",
+            each.get("mean_ttft_ms"),
+            each.get("p99_ttft_ms"),
+            each.get("mean_tpot_ms"),
+            each.get("within_slo"),
+        ]
+        for name, by_rate in file.data.get("ratios", {}).items()
+        for rate, each in by_rate.items()
+    ]
+    head = ["ratio", "mean TTFT", "p99 TTFT", "mean TPOT", "within SLO"]
+    return [*lines, "", *table(head, ratio_rows)]
+
+
+def density(file: File) -> list[str]:
+    rows = []
+    for crowd in file.data.get("crowds", []):
+        last = crowd["waves"][-1] if crowd["waves"] else {}
+        light = crowd.get("light_load", {})
+        rows.append(
+            [
+                f"{crowd['model']}, {crowd['arm']}",
+                crowd.get("engines", 0),
+                crowd.get("stopped_by"),
+                crowd["kv_gib_of_each"],
+                last.get("gib_of_each"),
+                last.get("kv_idle_bytes_most"),
+                light.get("completed"),
+                light.get("ttft_ms", {}).get("p99"),
+            ]
+        )
+    return table(
+        [
+            "model, arm",
+            "engines",
+            "ended by",
+            "KV GiB of each, at most",
+            "device GiB of each, idle",
+            "KV bytes of an idle one, most",
+            "light load: answered",
+            "p99 TTFT, ms",
+        ],
+        rows,
+    )
+
+
+def footprint(file: File) -> list[str]:
+    rows = [
+        [
+            name,
+            each.get("live_peak_gib"),
+            each.get("under_load"),
+            each.get("after_load"),
+            (each.get("idle") or {}).get("trimmed", {}).get("used"),
+        ]
+        for name, each in file.data.get("engines", {}).items()
+    ]
+    return table(
+        [
+            "prefix caching",
+            "live, most, GiB",
+            "committed/packed, under load",
+            "after it",
+            "GiB idle, cache dropped",
+        ],
+        rows,
+    )
+
+
+def activation(file: File) -> list[str]:
+    rows = [
+        [
+            kind,
+            each["sleep_ms"].get("median"),
+            each["wake_ms"].get("median"),
+            each["wake_to_first_token_ms"].get("median"),
+            each["wake_to_first_token_ms"].get("max"),
+            each["freed_gib"],
+            each["same_tokens"],
+        ]
+        for kind, each in file.data.get("arms", {}).items()
+    ]
+    bus = file.data.get("bus", {}).get("to_device_gib_per_s")
+    return [
+        *table(
+            [
+                "arm",
+                "sleep, ms",
+                "wake, ms",
+                "wake to first token, ms",
+                "worst, ms",
+                "GiB freed",
+                "same tokens",
+            ],
+            rows,
+        ),
+        "",
+        f"Weights over the bus ({bus} GiB/s, pinned, this run): {file.data.get('floor_ms')} ms.",
+    ]
+
+
+def reclaim(file: File) -> list[str]:
+    rows = [
+        [
+            f"{size}, {peer}",
+            each["grant_ms"].get("median"),
+            each["grant_ms"].get("max"),
+            each["grant_and_commit_ms"].get("median"),
+            file.data.get("floor", {}).get(size, {}).get("hand_over_ms", {}).get("median"),
+        ]
+        for peer, sizes in file.data.get("peers", {}).items()
+        for size, each in sizes.items()
+    ]
+    return table(
+        [
+            "asked for, peer",
+            "to the grant, ms",
+            "worst, ms",
+            "to committed, ms",
+            "the driver's own hand-over, ms",
+        ],
+        rows,
+    )
+
+
+def neighbours(file: File) -> list[str]:
+    rows = [
+        [
+            f"{label}, {engine}",
+            each.get("duration"),
+            each.get("mean_ttft_ms"),
+            each.get("p99_ttft_ms"),
+            each.get("mean_tpot_ms"),
+        ]
+        for label, engines in file.data.get("static_over_elastic", {}).items()
+        for engine, each in engines.items()
+    ]
+    checks = [[name, value] for name, value in file.data.get("checks", {}).items()]
+    return [
+        *table(["static over elastic", "burst", "mean TTFT", "p99 TTFT", "mean TPOT"], rows),
+        "",
+        *table(["check", "value"], checks),
+    ]
+
+
+def vmm_cost(file: File) -> list[str]:
+    rows = [
+        [
+            f"{size}, {how.replace('_', ' ')}",
+            each["commit"]["median_ms"],
+            each["commit"]["p99_ms"],
+            each["release"]["median_ms"],
+        ]
+        for size, found in file.data["extents"].items()
+        for how, each in found.items()
+        if "commit" in each
+    ]
+    goal = file.data["goal"]
+    told = f"Goal: at most {goal['commit_ms_at_most']:g} ms with 32 MiB extents; "
+    return [
+        *table(["extent", "commit 1 GiB, ms", "p99, ms", "release, ms"], rows),
+        "",
+        f"{told}{'met' if goal['met'] else '**missed**'}.",
+    ]
+
+
+SECTIONS: Mapping[str, tuple[str, Callable[[File], list[str]]]] = {
+    "onoff-saturated": ("Saturated throughput, start-up and memory of one engine", saturated),
+    "onoff-eager": (
+        "The same, eager and short: a look whether all runs, no measurement",
+        saturated,
+    ),
+    "overhead": ("Overhead by workload", overhead),
+    "paired": ("Latency at half load", paired),
+    "tokens": ("Tokens", tokens),
+    "onoff-preemption": ("Tokens under preemption", preemption),
+    "colocation": ("Three models whose peaks come in turn", colocation),
+    "neighbours": ("Two engines, one budget, bursts in turn", neighbours),
+    "density": ("How many engines fit", density),
+    "footprint": ("Footprint with staggered answers", footprint),
+    "activation": ("Sleep and wake", activation),
+    "reclaim": ("Memory from a neighbour's cache", reclaim),
+    "vmm-cost": ("What committing memory costs", vmm_cost),
+}
+"""Kinds of GPU results, by the beginning of a file's name, in the order of the page."""
