@@ -181,6 +181,7 @@ class Soak:
         try:
             work()
         except (Exception, pytest.fail.Exception) as error:
+            print(f"A failure that ends the soak: {error!r}", flush=True)
             self.found.errors.append(repr(error))
             self._over.set()
 
@@ -304,7 +305,7 @@ class Soak:
 
     def _draw_the_balance(self) -> None:
         found = self.found
-        without_us = growth(self.against) if self.against else {}
+        without_us = growth(self.against) if self.against and self.against.exists() else {}
         found.mishaps = vars(self._mishaps.seen)
         found.left += self._mishaps.seen.not_returned
         for place in self.places:
