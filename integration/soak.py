@@ -289,12 +289,12 @@ class Soak:
                 self._files_in_folder.append(len(list(self._folder.iterdir())))
 
     def _rest(self) -> None:
-        """When all is over, each engine holds one extent and the ledger says so."""
+        """When all is over, each worker holds one extent and the ledger says so."""
         deadline = time.monotonic() + 10
         while True:
             accounts = control.read(self._folder).ledgers[0].accounts
             in_kernel = sum(place.kv_bytes() for place in self.places)
-            most = len(self.places) * EXTENT_BYTES
+            most = (len(self.places) - 1 + self._setup.workers) * EXTENT_BYTES
             at_rest = in_kernel <= most and sum(each.used_bytes for each in accounts) <= most
             if at_rest and len(accounts) == len(self.places):
                 return
