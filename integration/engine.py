@@ -180,17 +180,15 @@ class Server:
         """What serves ``model`` and takes ``--host`` and ``--port``."""
         return serve_command(model)
 
-    def wait_ready(self) -> None:
+    def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Returns when the server answers; fails the test when it ends or takes too long."""
         in_time = wait_until(
-            lambda: self.process.poll() is not None or self._healthy(), START_TIMEOUT_S, 0.3
+            lambda: self.process.poll() is not None or self._healthy(), timeout_s, 0.3
         )
         code = self.process.poll()
         if code is not None or not in_time:
             self.stop()
-            what = (
-                f"did not answer in {START_TIMEOUT_S:.0f} s" if code is None else f"ended: {code}"
-            )
+            what = f"did not answer in {timeout_s:.0f} s" if code is None else f"ended: {code}"
             pytest.fail(f"the engine {what}; {tail(self.log)}", pytrace=False)
 
     def stop(self) -> None:

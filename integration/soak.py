@@ -1,12 +1,14 @@
 """Engines under random load with aggressive release, compared with stock vLLM token for token.
 
-    python -m integration.soak [--minutes 10] [--engines 1] [--seed S] [--stock]
-        [--against FILE] [--json FILE]
+    python -m integration.soak [--minutes 10] [--engines 1] [--rate R] [--faults]
+        [--poison nan|large] [--workers 1] [--seed S] [--stock] [--against FILE] [--json FILE]
 
 Memory without content goes at once and cached blocks after 0.2 s, so that a block that is used
 after its memory has gone is a fault of the process. Requests arrive in bursts, share prefixes, and
 are cut off by closing their connection; the budget holds a part of them; limits move; a neighbour
-in the ledger grabs memory, gives it back, leaves, and is killed.
+in the ledger grabs memory, gives it back, leaves, and is killed. With ``--faults`` the engines
+themselves, or one of their workers, are killed, ended, stopped and started again. With ``--poison``
+memory that comes and memory that goes is filled with what spoils results.
 """
 
 from __future__ import annotations
@@ -16,26 +18,24 @@ import contextlib
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
-import psutil
+import pytest
 
 from integration.conftest import elastic_env, mixed_requests, write_test_model
-from integration.engine import MIB, ArenaFiles, Request, Server, family, generate
+from integration.engine import MIB, Request, Server, generate
 from integration.gpu.record import MemorySampler, facts, write_json
+from integration.mishaps import Mishaps
+from integration.places import Life, Place, growth
 from kvcached_plugins import control
 from kvcached_vmm.errors import LedgerBusy
 from kvcached_vmm.ledger import Ledger
@@ -46,26 +46,47 @@ BUDGET_BYTES = 24 * MIB
 CLIENTS = 10
 STOCK = ("--kv-cache-memory-bytes", str(64 * MIB))
 AT_ONCE_S = 0.002
-WARM_SAMPLES = 240
-"""Seconds; before that processes still touch pages for the first time."""
 
-LIMITS = ("none", "12MiB", "16MiB", "20MiB")
-CACHES = ("none", "0", "4MiB")
+
+class Setup(NamedTuple):
+    """What a soak is to do.
+
+    Attributes:
+        rate: requests a second that come to each engine, in bursts; 0 for as many as it answers.
+        faults: engines are killed, ended, stopped and started again.
+        fault_pause_s: from one of those to the next, from and to.
+        poison: what memory that comes and goes is filled with: `nan` or `large`.
+        workers: of the last engine, which are tensor parallel; the others have one each.
+        stock: the engines are stock vLLM, to compare with.
+    """
+
+    minutes: float
+    engines: int = 1
+    seed: int = 0
+    rate: float = 0.0
+    faults: bool = False
+    fault_pause_s: tuple[float, float] = (20.0, 90.0)
+    poison: str = ""
+    workers: int = 1
+    stock: bool = False
 
 
 @dataclass
 class Findings:
-    """What a soak did and saw. The seven that ``failures`` names are to be empty or 0."""
+    """What a soak did and saw. Those that ``failures`` names are to be empty or 0."""
 
     completed: int = 0
     cut_off: int = 0
+    lost: int = 0
+    """Requests to an engine that was ended while they ran."""
     tokens: int = 0
     preemptions: int = 0
     prefix_hits: int = 0
-    limits_moved: int = 0
-    neighbours: Counter[str] = field(default_factory=Counter)
     looks: int = 0
     longest_wait_s: float = 0.0
+    longest_wait_of_stopped_s: float = 0.0
+    """Of requests to an engine that was stopped while they ran."""
+    mishaps: dict[str, Any] = field(default_factory=dict)
     different: list[int] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     over_committed_bytes: int = 0
@@ -73,8 +94,7 @@ class Findings:
     grown: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
-    first: dict[str, float] = field(default_factory=dict)
-    last: dict[str, float] = field(default_factory=dict)
+    lives: list[dict[str, Any]] = field(default_factory=list)
 
     def failures(self) -> dict[str, Any]:
         bad = ["different", "errors", "over_committed_bytes", "uncounted_bytes"]
@@ -87,94 +107,141 @@ class Soak:
 
     def __init__(
         self,
+        setup: Setup,
         model: Path,
         requests: Sequence[Request],
         reference: Sequence[list[int]],
         folder: Path,
-        engines: int,
-        seed: int,
-        stock: bool,
     ) -> None:
-        self._stock = stock
-        self.stock_growth: dict[str, float] = {}
-        """MiB a minute by which an engine grows without us: vLLM's worker does, on a CPU."""
-        self._minutes = 0.0
+        self._setup = setup
         self.found = Findings()
         self._requests = requests
         self._reference = reference
         self._folder = folder / "ledger"
-        self._seed = seed
         self._over = threading.Event()
         self._lock = threading.Lock()
-        self._budget = BUDGET_BYTES * engines
+        self._files_in_folder: list[int] = []
+        self.against: Path | None = None
+        """What a soak of stock vLLM found, read at the end: its engines grow, too, on a CPU."""
+        budget = BUDGET_BYTES * setup.engines
         env = {
             **elastic_env(self._folder),
-            "KVCACHED_BUDGET": str(self._budget),
+            "KVCACHED_BUDGET": str(budget),
             "KVCACHED_EXTENT": str(EXTENT_BYTES),
             "KVCACHED_DECAY": "0",
             "KVCACHED_RESERVE": "0",
             "KVCACHED_CACHE_TTL": "0.2",
+            "KVCACHED_POISON": setup.poison,
         }
-        self.servers = [
-            Server(model, folder / f"{name}.log", env={}, arguments=STOCK)
-            if stock
-            else Server(model, folder / f"{name}.log", env={**env, "KVCACHED_NAME": name})
-            for name in (f"engine-{number}" for number in range(engines))
-        ]
-        self._samples: list[dict[str, float]] = []
+        names = [f"engine-{number}" for number in range(setup.engines)]
 
-    def run(self, minutes: float) -> Findings:
-        self._minutes = minutes
-        for server in self.servers:
-            server.wait_ready()
-        files = [ArenaFiles(server.process.pid) for server in self.servers]
-        crowd = itertools.product(self.servers, range(CLIENTS))
-        people = [functools.partial(self._client, *each) for each in crowd]
+        def start(name: str, life: int) -> Server:
+            log = folder / f"{name}-{life}.log"
+            if setup.stock:
+                return Server(model, log, env={}, arguments=STOCK)
+            workers = setup.workers if name == names[-1] else 1
+            arguments = ("--tensor-parallel-size", str(workers))
+            return Server(model, log, env={**env, "KVCACHED_NAME": name}, arguments=arguments)
+
+        self.places = [Place(name, functools.partial(start, name)) for name in names]
+        how = budget, setup.seed, self._over, setup.fault_pause_s
+        self._mishaps = Mishaps(self.places, self._folder, *how)
+
+    def run(self) -> Findings:
+        for place in self.places:
+            place.wait_ready()
+        crowd = itertools.product(self.places, range(CLIENTS))
+        people: list[Callable[[], None]] = [
+            functools.partial(self._client, *each) for each in crowd
+        ]
         people.append(self._sample)
-        if not self._stock:
-            people += [self._mover, self._neighbour, lambda: self._watch(files)]
+        if not self._setup.stock:
+            people += [self._mishaps.move_limits, self._mishaps.grab, self._watch]
+        if self._setup.faults:
+            people.append(self._mishaps.fell)
         threads = [threading.Thread(target=self._guarded, args=(each,)) for each in people]
         for thread in threads:
             thread.start()
-        self._over.wait(minutes * 60)
+        self._over.wait(self._setup.minutes * 60)
         self._over.set()
         for thread in threads:
             thread.join()
-        if not self._stock:
-            self._rest(files)
+        if not self._setup.stock and not self.found.errors:
+            self._mishaps.lift_limits()
+            self._rest()
         self._draw_the_balance()
         return self.found
 
     def stop(self) -> None:
         self._over.set()
-        for server in self.servers:
-            server.stop()
+        for place in self.places:
+            place.server.stop()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:
+        except (Exception, pytest.fail.Exception) as error:
+            print(f"A failure that ends the soak: {error!r}", flush=True)
             self.found.errors.append(repr(error))
             self._over.set()
 
-    def _client(self, server: Server, number: int) -> None:
-        chance = random.Random(f"{self._seed}/{server.url[-1:]}/{number}")
+    def _client(self, place: Place, number: int) -> None:
+        chance = random.Random(f"{self._setup.seed}/{place.name}/{number}")
         while not self._over.is_set():
-            if chance.random() < 0.08:
-                self._over.wait(chance.uniform(0.2, 2.5))  # long enough to lose cache and memory
-            index = min(int(chance.expovariate(0.02)), len(self._requests) - 1)
-            began = time.monotonic()
-            if chance.random() < 0.2:
-                self._cut_off(server, self._requests[index], chance.randrange(8))
+            self._pause(chance)
+            if not place.up.wait(0.2):
                 continue
-            tokens = server.complete(self._requests[index])
-            with self._lock:
-                found = self.found
-                found.completed += 1
-                found.tokens += len(tokens)
-                found.longest_wait_s = max(found.longest_wait_s, time.monotonic() - began)
-                if tokens != self._reference[index]:
-                    found.different.append(index)
+            index = min(int(chance.expovariate(0.02)), len(self._requests) - 1)
+            lines = chance.randrange(8) if chance.random() < 0.2 else None
+            server, falls = place.server, place.falls
+            began = time.monotonic()
+            self._count(place, 1)
+            try:
+                if lines is not None:
+                    self._cut_off(server, self._requests[index], lines)
+                else:
+                    tokens = server.complete(self._requests[index])
+                    self._compare(place, falls, index, tokens, began)
+            except (httpx.HTTPError, RuntimeError, AssertionError, ValueError):
+                if place.falls == falls:
+                    raise
+                with self._lock:
+                    self.found.lost += 1
+            finally:
+                self._count(place, -1)
+
+    def _count(self, place: Place, requests: int) -> None:
+        with self._lock:
+            place.running += requests
+
+    def _pause(self, chance: random.Random) -> None:
+        """Until the next burst, which comes to all engines; if requests come one after another, now
+        and then for long enough to lose cache and memory."""
+        rate = self._setup.rate
+        if rate:
+            every = CLIENTS / rate
+            self._over.wait(every - time.monotonic() % every + chance.uniform(0.0, 0.3))
+        elif chance.random() < 0.08:
+            self._over.wait(chance.uniform(0.2, 2.5))
+
+    def _compare(
+        self, place: Place, falls: int, index: int, tokens: list[int], began: float
+    ) -> None:
+        took = time.monotonic() - began
+        expected = self._reference[index]
+        with self._lock:
+            found = self.found
+            if place.falls != falls and tokens == expected[: len(tokens)] != expected:
+                found.lost += 1  # vLLM answers with what it has when it is asked to end
+                return
+            found.completed += 1
+            found.tokens += len(tokens)
+            if began < place.disturbed_until:
+                found.longest_wait_of_stopped_s = max(found.longest_wait_of_stopped_s, took)
+            else:
+                found.longest_wait_s = max(found.longest_wait_s, took)
+            if tokens != expected:
+                found.different.append(index)
 
     def _cut_off(self, server: Server, request: Request, lines: int) -> None:
         """Close the connection after a few tokens."""
@@ -188,49 +255,15 @@ class Soak:
         with self._lock:
             self.found.cut_off += 1
 
-    def _mover(self) -> None:
-        """Moves limits, and asks for everything that can be spared."""
-        chance = random.Random(f"{self._seed}/mover")
-        names = [f"engine-{number}" for number in range(len(self.servers))]
-        while not self._over.wait(chance.uniform(0.1, 1.5)):
-            with contextlib.suppress(LedgerBusy):
-                if chance.random() < 0.3:
-                    control.trim(chance.choice(names), self._folder)
-                else:
-                    control.limit(
-                        chance.choice(names),
-                        maximum=chance.choice(LIMITS),
-                        cache=chance.choice(CACHES),
-                        weight=chance.choice([0.5, 1, 2]),
-                        directory=self._folder,
-                    )
-                self.found.limits_moved += 1
-        for name in names:
-            control.limit(name, maximum="none", cache="none", weight=1, directory=self._folder)
-
-    def _neighbour(self) -> None:
-        chance = random.Random(f"{self._seed}/neighbour")
-        context = multiprocessing.get_context("spawn")
-        while not self._over.wait(chance.uniform(0.1, 1.0)):
-            process: BaseProcess = context.Process(
-                target=_grab, args=(self._folder, self._budget, chance.random()), daemon=True
-            )
-            process.start()
-            process.join(chance.uniform(1.0, 6.0))
-            how = "killed" if process.exitcode is None else "left"
-            process.kill()
-            process.join()
-            self.found.neighbours[how] += 1
-
-    def _watch(self, files: list[ArenaFiles]) -> None:
+    def _watch(self) -> None:
         """Is more committed than there is, or more in memory than the ledger knows of?"""
         found = self.found
         with contextlib.closing(Ledger.open(self._folder, "host")) as ledger:
-            while not self._over.wait(0.01):
+            while not self._over.wait(0.02 if self._setup.rate else 0.01):
                 try:
                     began = time.monotonic()
                     before = ledger.snapshot()
-                    in_kernel = sum(each.size_bytes() for each in files)
+                    in_kernel = sum(place.kv_bytes() for place in self.places)
                     after = ledger.snapshot()
                 except LedgerBusy:
                     continue
@@ -244,39 +277,26 @@ class Soak:
 
     def _sample(self) -> None:
         while not self._over.wait(1.0):
-            self._samples.append(self._usage())
-            for server in self.servers:
-                if server.process.poll() is not None:
-                    self.found.ended.append(str(server))
+            for place in self.places:
+                if not place.up.is_set():
+                    continue
+                life, falls = place.lives[-1], place.falls
+                life.look()
+                if life.server.process.poll() is not None and place.falls == falls:
+                    self.found.ended.append(str(life.server))
                     self._over.set()
+            if self._folder.exists():
+                self._files_in_folder.append(len(list(self._folder.iterdir())))
 
-    def _usage(self) -> dict[str, float]:
-        """Anonymous memory by kind of process; descriptors, threads and processes of all servers.
-
-        Pages of files and of KV caches are not anonymous.
-        """
-        total: Counter[str] = Counter()
-        for server in self.servers:
-            for process in family(server.process.pid):
-                with contextlib.suppress(psutil.Error, OSError):
-                    status = Path(f"/proc/{process.pid}/status").read_text()
-                    kib = int(status.partition("RssAnon:")[2].split()[0])
-                    total[f"memory_mib {process.name()}"] += kib / 1024
-                    total["descriptors"] += process.num_fds()
-                    total["threads"] += process.num_threads()
-                    total["processes"] += 1
-        total["files"] = len(list(self._folder.iterdir())) if self._folder.exists() else 0
-        return dict(total)
-
-    def _rest(self, files: list[ArenaFiles]) -> None:
-        """When all is over, each engine holds one extent and the ledger says so."""
+    def _rest(self) -> None:
+        """When all is over, each worker holds one extent and the ledger says so."""
         deadline = time.monotonic() + 10
         while True:
             accounts = control.read(self._folder).ledgers[0].accounts
-            in_kernel = sum(each.size_bytes() for each in files)
-            most = len(files) * EXTENT_BYTES
+            in_kernel = sum(place.kv_bytes() for place in self.places)
+            most = (len(self.places) - 1 + self._setup.workers) * EXTENT_BYTES
             at_rest = in_kernel <= most and sum(each.used_bytes for each in accounts) <= most
-            if at_rest and len(accounts) == len(files):
+            if at_rest and len(accounts) == len(self.places):
                 return
             if time.monotonic() > deadline:
                 self.found.left.append(f"{in_kernel} bytes; {accounts}")
@@ -284,110 +304,85 @@ class Soak:
             time.sleep(0.05)
 
     def _draw_the_balance(self) -> None:
-        found, samples = self.found, self._samples
-        for server in self.servers:
-            found.preemptions += int(server.metric("vllm:num_preemptions_total"))
-            found.prefix_hits += int(server.metric("vllm:prefix_cache_hits_total"))
-        part = max(1, len(samples) // 4)
-        for name in samples[-1] if samples else ():
-            first, last = (
-                median(each.get(name, 0) for each in some)
-                for some in (samples[part : 2 * part] or samples, samples[-part:])
-            )
-            found.first[name], found.last[name] = round(first, 1), round(last, 1)
-            of_memory = name.startswith("memory_mib")
-            spare = {"descriptors": CLIENTS * len(self.servers), "threads": 4}.get(name, 0)
-            if of_memory:
-                without_us = self.stock_growth.get(name, 0.0) * len(self.servers)
-                spare = max(0.05 * first, 1.1 * without_us * self._minutes / 2) + 16
-            warm = not of_memory or len(samples) > WARM_SAMPLES
-            if warm and last > first + spare:
-                found.grown.append(f"{name}: {first:.1f} -> {last:.1f}")
+        found = self.found
+        without_us = growth(self.against) if self.against and self.against.exists() else {}
+        found.mishaps = vars(self._mishaps.seen)
+        found.left += self._mishaps.seen.not_returned
+        for place in self.places:
+            with contextlib.suppress(httpx.HTTPError):
+                found.preemptions += int(place.server.metric("vllm:num_preemptions_total"))
+                found.prefix_hits += int(place.server.metric("vllm:prefix_cache_hits_total"))
+            for life in place.lives:
+                self._note(place, life, without_us)
+        files = self._files_in_folder
+        if files and max(files[-10:]) > max(files[: max(1, len(files) // 2)]):
+            found.grown.append(f"files in the ledger's folder: {files[0]} -> {files[-1]}")
 
-
-def _grab(folder: Path, budget_bytes: int, share: float) -> None:
-    """An engine of another kind: takes what it gets, up to its share, and gives it back."""
-    chance = random.Random(os.getpid())
-    account = Ledger.open(folder, "host").join("neighbour", budget_bytes, weight=0.5)
-    end = time.monotonic() + chance.uniform(0.5, 4.0)
-    held = 0
-    while time.monotonic() < end:
-        wanted = int(share * budget_bytes / 2)
-        granted = account.reserve(max(0, wanted - held), MIB)
-        account.commit(granted, granted)
-        held += granted
-        account.report(held, 0, max(0, wanted - held))
-        time.sleep(chance.uniform(0.01, 0.2))
-        if account.others_wait() or chance.random() < 0.2:
-            back = chance.randrange(held // MIB + 1) * MIB
-            account.release(back)
-            held -= back
-            account.report(held, 0)
-    account.close()
+    def _note(self, place: Place, life: Life, without_us: Mapping[str, float]) -> None:
+        first_and_last = life.first_and_last()
+        if not first_and_last:
+            return
+        firsts, lasts = (
+            {name: round(pair[at], 1) for name, pair in first_and_last.items()} for at in (0, 1)
+        )
+        about = {"engine": place.name, "minutes": round(life.minutes, 1)}
+        self.found.lives.append({**about, "first": firsts, "last": lasts})
+        grown = life.grown({"descriptors": CLIENTS, "threads": 4}, without_us)
+        self.found.grown += [f"{place.name}, {each}" for each in grown]
 
 
 @contextlib.contextmanager
 def soaking(
+    setup: Setup,
     model: Path,
     requests: Sequence[Request],
     reference: Sequence[list[int]],
     folder: Path,
-    engines: int = 1,
-    seed: int = 0,
-    stock: bool = False,
 ) -> Iterator[Soak]:
-    made = Soak(model, requests, reference, folder, engines, seed, stock)
+    made = Soak(setup, model, requests, reference, folder)
     try:
         yield made
     finally:
         made.stop()
 
 
-def growth(report: Path) -> dict[str, float]:
-    """How much each figure of an engine grew in a minute; first and last are half a soak apart."""
-    read = json.loads(report.read_text())
-    found, setup = read["findings"], read["setup"]
-    parts = setup["engines"] * setup["minutes"] / 2
-    return {name: (found["last"][name] - was) / parts for name, was in found["first"].items()}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--engines", type=int, choices=(1, 2, 3), default=1)
+    parser.add_argument("--rate", type=float, default=0.0, help="requests/s for each engine")
+    parser.add_argument("--faults", action="store_true", help="end, stop and restart engines")
+    parser.add_argument("--poison", choices=("nan", "large"), default="", help="fill memory")
+    parser.add_argument("--workers", type=int, default=1, help="of the last engine")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--stock", action="store_true", help="the same without us, to compare with")
     parser.add_argument("--against", type=Path, help="what --stock --json wrote, for the growth")
     parser.add_argument("--json", type=Path, help="write the findings here")
-    options = parser.parse_args()
-    print(f"seed {options.seed}", flush=True)
+    options = vars(parser.parse_args())
+    against, report = options.pop("against"), options.pop("json")
+    setup = Setup(**options)
+    print(setup, flush=True)
     with tempfile.TemporaryDirectory(prefix="kvc-soak-") as name:
         folder = Path(name)
         model = write_test_model(folder / "model")
-        requests = mixed_requests(120, seed=options.seed, longest=900)
+        requests = mixed_requests(120, seed=setup.seed, longest=900)
         stock = generate(model, requests, folder, kv_cache_memory_bytes=256 * MIB)
-        how = options.engines, options.seed, options.stock
-        with soaking(model, requests, stock.tokens, folder, *how) as soak:
-            soak.stock_growth = growth(options.against) if options.against else {}
-            found = soak.run(options.minutes)
+        with soaking(setup, model, requests, stock.tokens, folder) as soak:
+            soak.against = against
+            found = soak.run()
     print(json.dumps(vars(found), indent=1))
-    if options.json:
-        report = {
-            "facts": facts(MemorySampler()),
-            "setup": {
-                "minutes": options.minutes,
-                "engines": options.engines,
-                "stock": options.stock,
-                "seed": options.seed,
-                "cores": os.cpu_count(),
-                "budget_bytes": BUDGET_BYTES * options.engines,
-                "extent_bytes": EXTENT_BYTES,
-                "clients_per_engine": CLIENTS,
+    if report:
+        sizes = {"budget_bytes": BUDGET_BYTES * setup.engines, "extent_bytes": EXTENT_BYTES}
+        more = {"cores": os.cpu_count(), "clients_per_engine": CLIENTS}
+        write_json(
+            report,
+            {
+                "facts": facts(MemorySampler()),
+                "setup": {**setup._asdict(), **more, **sizes},
+                "passed": not found.failures(),
+                "findings": vars(found),
             },
-            "passed": not found.failures(),
-            "findings": vars(found),
-        }
-        write_json(options.json, report)
+        )
     for name, what in found.failures().items():
         print(f"Missed: {name}: {what}")
     return 1 if found.failures() else 0

@@ -48,9 +48,12 @@ class Patient:
         self.ledger = Ledger.open(folder, "host")
         self._files = ArenaFiles(server.process.pid)
 
-    def fail(self, *kinds: str, share: float = 1.0, times: int | None = None) -> None:
+    def fail(
+        self, *kinds: str, share: float = 1.0, times: int | None = None, taken: bool = False
+    ) -> None:
         plan = self._faults / f"plan-{next(self._plans)}"
-        plan.write_text(json.dumps({"kinds": kinds, "share": share, "times": times}))
+        how = {"kinds": kinds, "share": share, "times": times, "taken": taken}
+        plan.write_text(json.dumps(how))
         (self._faults / "failed").write_text("")
         plan.rename(self._faults / "plan.json")
 
@@ -183,6 +186,60 @@ def test_calls_fail_at_random(
     assert len(failed) >= 2, failed
     assert answers == reference[some]
     assert max(uncounted) == 0
+    assert wait_until(patient.is_at_rest, 5.0, 0.02), patient.accounts()
+
+
+@pytest.mark.parametrize("who", ["a foreign process", "a neighbour in the ledger"])
+def test_somebody_takes_everything_and_gives_it_back(
+    who: str, patient: Patient, requests: list[Request], reference: list[list[int]]
+) -> None:
+    """Requests wait, as many as come; none fails, and none waits longer than it has to."""
+    some = slice(80, 104)
+    with (
+        ThreadPoolExecutor(1) as threads,
+        sampled(patient.uncounted_bytes, 0.005) as uncounted,
+        contextlib.ExitStack() as taken,
+    ):
+        if who == "a foreign process":
+            patient.fail(taken=True)
+            taken.callback(patient.fail)
+        else:
+            ledger = taken.enter_context(contextlib.closing(Ledger.open(patient.folder, "host")))
+            account = ledger.join("greedy", BUDGET_BYTES)
+            granted = account.reserve(BUDGET_BYTES, EXTENT_BYTES)
+            account.commit(granted, granted)
+        serving = threads.submit(patient.server.complete_all, requests[some])
+        time.sleep(2.0)
+        waits = not serving.done()
+        had = max(each.used_bytes for each in patient.accounts() if each.name == "patient")
+        taken.close()
+        began = time.monotonic()
+        answers = serving.result(90)
+        took_s = time.monotonic() - began
+
+    assert waits
+    assert had <= EXTENT_BYTES
+    assert answers == reference[some]
+    assert max(uncounted) == 0
+    assert took_s < 60
+    assert wait_until(patient.is_at_rest, 5.0, 0.02), patient.accounts()
+
+
+def test_maxima_from_one_request_upwards(
+    patient: Patient, requests: list[Request], reference: list[list[int]]
+) -> None:
+    """The longest request alone needs 9 MiB in extents of 2; nobody fails at any maximum."""
+    some = slice(104, 124)
+    for extents in (5, 6, 8, 12, 24):
+        (account,) = patient.accounts()
+        patient.ledger.set_terms(account, maximum_bytes=extents * EXTENT_BYTES)
+        with sampled(lambda: sum(each.used_bytes for each in patient.accounts()), 0.01) as used:
+            answers = patient.server.complete_all(requests[some])
+        assert answers == reference[some]
+        assert max(used) <= extents * EXTENT_BYTES
+        assert max(used) >= min(extents, 10) * EXTENT_BYTES * 0.8
+    (account,) = patient.accounts()
+    patient.ledger.set_terms(account, no_maximum=True)
     assert wait_until(patient.is_at_rest, 5.0, 0.02), patient.accounts()
 
 

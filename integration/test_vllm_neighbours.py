@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import threading
 import time
@@ -11,11 +12,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
+import httpx
 import pytest
 
 from integration.conftest import BUDGET_BYTES, EXTENT_BYTES, elastic_env
 from integration.engine import MIB, Server, family, needs_vllm, wait_until
+from integration.memory_group import memory_group
+from integration.places import has_ended
 from integration.test_vllm_memory import burst, falls_to_one_extent, sampled
 from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.records import AccountView, LedgerView
@@ -34,7 +37,7 @@ class House:
         self._logs = folder
         self.servers: dict[str, Server] = {}
 
-    def start(self, name: str) -> Server:
+    def start(self, name: str, workers: int = 1) -> Server:
         env = {
             **elastic_env(self.folder),
             "KVCACHED_NAME": name,
@@ -43,7 +46,8 @@ class House:
             "KVCACHED_DECAY": "0.3",
         }
         log = self._logs / f"{name}.log"
-        self.servers[name] = Server(self._model, log, env=env)
+        arguments = ["--tensor-parallel-size", str(workers)]
+        self.servers[name] = Server(self._model, log, env=env, arguments=arguments)
         return self.servers[name]
 
     def stop(self) -> None:
@@ -192,7 +196,7 @@ def test_one_is_killed_one_is_stopped_and_one_comes_late(house: House, ledger: L
             _kill(house.servers["cy"])
             left = names(ledger.snapshot())
             # It has a place of its own to come back to: nothing of the dead one is in its way.
-            dave = house.start("dave")
+            dave = house.start("dave", workers=2)
             _only_cy_failed(answers, expected * 2)
         dave.wait_ready()
 
@@ -212,6 +216,68 @@ def test_one_is_killed_one_is_stopped_and_one_comes_late(house: House, ledger: L
     assert len(in_ledger) > 100
 
 
+def test_a_worker_of_two_is_stopped_at_random_points(house: House, ledger: Ledger) -> None:
+    """The late one has two workers. It waits for the one that is stopped; nobody else does."""
+    ada, dave = house.servers["ada"], house.servers["dave"]
+    prompts = burst(16, seed=25, size=900, output=24)
+    expected = ada.complete_all(prompts)
+    chance, stops = random.Random(26), 0
+    with (
+        ThreadPoolExecutor(2) as threads,
+        sampled(lambda: ledger.snapshot().used_bytes, 0.01) as in_ledger,
+    ):
+        served = threads.submit(dave.complete_all, prompts)
+        beside = threads.submit(ada.complete_all, prompts)
+        while not served.done() and stops < 20:
+            pid = chance.choice(dave.arena_pids())
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                time.sleep(chance.uniform(0.1, 1.0))
+            finally:
+                os.kill(pid, signal.SIGCONT)
+            stops += 1
+            time.sleep(chance.uniform(0.0, 0.5))
+        assert served.result() == beside.result() == expected
+
+    assert stops >= 2
+    assert max(in_ledger) <= BUDGET_BYTES
+
+
+def test_a_worker_of_two_is_killed_by_the_kernel_if_that_can_be_had(
+    house: House, ledger: Ledger
+) -> None:
+    """Out of memory in a cgroup of its own, as root; elsewhere by kill -9. Its engine ends."""
+    ada, dave = house.servers["ada"], house.servers["dave"]
+    prompts = burst(16, seed=27, size=900, output=24)
+    expected = ada.complete_all(prompts)
+    processes = family(dave.process.pid)
+    with contextlib.ExitStack() as groups, ThreadPoolExecutor(2) as threads:
+        answers = {
+            name: threads.submit(house.servers[name].complete_all, prompts * 2)
+            for name in ("ada", "dave")
+        }
+        try:
+            group = groups.enter_context(memory_group())
+        except OSError as error:
+            print(f"kill -9, since no memory cgroup can be made here: {error}")
+            assert wait_until(lambda: account_of(ledger, "dave").live_bytes > EXTENT_BYTES, 30)
+            os.kill(dave.arena_pids()[-1], signal.SIGKILL)
+        else:
+            group.allow(4 * MIB)
+            group.add(process.pid for process in processes)
+            assert wait_until(lambda: group.kills() > 0, 60, 0.01), "it found its memory elsewhere"
+        assert dave.process.wait(60) is not None
+        assert wait_until(lambda: all(map(has_ended, processes)), 20.0, 0.002)
+        assert wait_until(lambda: names(ledger.snapshot()) == {"ada"}, 2.0, 0.01)
+        with pytest.raises((httpx.HTTPError, AssertionError)):
+            answers["dave"].result()
+        assert answers["ada"].result() == expected * 2
+
+    with sampled(lambda: account_of(ledger, "ada").committed_bytes, 0.01) as has:
+        assert ada.complete_all(prompts * 3) == expected * 3
+    assert max(has) > BUDGET_BYTES * 0.8, "it did not get what the dead one had"
+
+
 def _kill(server: Server) -> None:
     """As the kernel does it when memory runs out: no handler, no last words.
 
@@ -220,14 +286,7 @@ def _kill(server: Server) -> None:
     processes = family(server.process.pid)
     os.killpg(server.process.pid, signal.SIGKILL)
     server.process.wait(10)
-    assert wait_until(lambda: all(map(_has_ended, processes)), 20.0, 0.002)
-
-
-def _has_ended(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
+    assert wait_until(lambda: all(map(has_ended, processes)), 20.0, 0.002)
 
 
 def _only_cy_failed(answers: dict[str, Future[Tokens]], expected: Tokens) -> None:

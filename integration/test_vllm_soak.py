@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from integration.engine import Request, needs_vllm
-from integration.soak import soaking
+from integration.soak import Setup, soaking
 
 pytestmark = [pytest.mark.engine, needs_vllm]
 
@@ -19,13 +19,14 @@ def test_a_short_soak_finds_nothing(
     reference: list[list[int]],
     tmp_path: Path,
 ) -> None:
-    with soaking(model, requests, reference, tmp_path, engines=1, seed=1) as soak:
-        found = soak.run(minutes=0.4)
+    setup = Setup(minutes=0.4, seed=1)
+    with soaking(setup, model, requests, reference, tmp_path) as soak:
+        found = soak.run()
 
     assert found.failures() == {}
     assert found.completed > 20
     assert found.cut_off > 0
     assert found.prefix_hits > 0
-    assert found.limits_moved > 5
-    assert sum(found.neighbours.values()) > 1
+    assert found.mishaps["limits_moved"] > 5
+    assert sum(found.mishaps["neighbours"].values()) > 1
     assert found.looks > 100

@@ -15,9 +15,11 @@ from typing import TypeVar
 from kvcached_plugins import OFF, TOGGLE
 from kvcached_plugins.limits import LARGEST_WEIGHT, SMALLEST_WEIGHT
 from kvcached_vmm.errors import SettingsError
+from kvcached_vmm.poison import LARGE, NAN, Poison
 from kvcached_vmm.units import parse_size
 
 _ON = ("1", "true", "yes", "on")
+_POISONS = {"nan": NAN, "large": LARGE}
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 CACHE_SECONDS = 60.0
@@ -59,6 +61,8 @@ class Settings:
         extent_bytes: KVCACHED_EXTENT, how much memory is committed or released at a time.
         reserve_bytes: KVCACHED_RESERVE, memory committed ahead of need while requests run.
         name: KVCACHED_NAME, how tools call this engine.
+        poison: KVCACHED_POISON, fills memory that comes and goes, to find who reads what nobody
+            wrote. Costs time.
         directory: KVCACHED_DIR, the folder of the ledger that engines share.
         log_level: KVCACHED_LOG.
     """
@@ -72,6 +76,7 @@ class Settings:
     decay_seconds: float
     extent_bytes: int | None
     reserve_bytes: int | None
+    poison: Poison | None
     name: str | None
     directory: Path
     log_level: str
@@ -94,6 +99,7 @@ class Settings:
             decay_seconds=_seconds(env, "KVCACHED_DECAY", 0.5),
             extent_bytes=_optional(env, "KVCACHED_EXTENT", _positive_size, _SIZE),
             reserve_bytes=_optional(env, "KVCACHED_RESERVE", parse_size, _SIZE),
+            poison=_optional(env, "KVCACHED_POISON", _poison, f"one of {', '.join(_POISONS)}"),
             name=_optional(env, "KVCACHED_NAME", _name, "1 to 63 printable characters without '/'"),
             directory=_optional(env, "KVCACHED_DIR", _absolute, "an absolute path")
             or default_directory(env),
@@ -157,6 +163,12 @@ def _weight(text: str) -> float:
     if not SMALLEST_WEIGHT <= value <= LARGEST_WEIGHT:
         raise ValueError
     return value
+
+
+def _poison(text: str) -> Poison:
+    if text.lower() not in _POISONS:
+        raise ValueError
+    return _POISONS[text.lower()]
 
 
 def _positive_size(text: str) -> int:

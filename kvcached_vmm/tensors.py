@@ -10,6 +10,7 @@ import torch
 from kvcached_vmm.arena import Arena
 from kvcached_vmm.driver import Driver
 from kvcached_vmm.host_driver import HostDriver
+from kvcached_vmm.poison import Fill
 
 
 def device_driver(device: torch.device) -> Driver:
@@ -34,6 +35,25 @@ def arena_tensor(arena: Arena, size_bytes: int, device: torch.device) -> torch.T
         buffer = (ctypes.c_byte * size_bytes).from_address(arena.base)
         return torch.frombuffer(buffer, dtype=torch.int8)
     return torch.as_tensor(_Exported(arena.base, size_bytes), device=device)
+
+
+def filler(device: torch.device) -> Fill:
+    """How memory of ``device`` is filled: in the order of the stream that is current now, which is
+    waited for."""
+    if device.type == "cpu":
+        return _fill_host
+    stream = torch.cuda.current_stream(device)
+
+    def fill(address: int, size: int, byte: int) -> None:
+        with torch.cuda.stream(stream):
+            torch.as_tensor(_Exported(address, size), device=device).view(torch.uint8).fill_(byte)
+        stream.synchronize()
+
+    return fill
+
+
+def _fill_host(address: int, size: int, byte: int) -> None:
+    ctypes.memset(address, byte, size)
 
 
 class _Exported:

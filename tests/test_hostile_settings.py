@@ -24,7 +24,7 @@ from kvcached_vmm.units import LARGEST, MIB
 VARIABLES = (
     *("KVCACHED_BUDGET", "KVCACHED_MAX", "KVCACHED_MIN", "KVCACHED_WEIGHT", "KVCACHED_CACHE_MAX"),
     *("KVCACHED_CACHE_TTL", "KVCACHED_DECAY", "KVCACHED_EXTENT", "KVCACHED_RESERVE"),
-    *("KVCACHED_NAME", "KVCACHED_DIR", "KVCACHED_LOG"),
+    *("KVCACHED_NAME", "KVCACHED_DIR", "KVCACHED_LOG", "KVCACHED_POISON"),
 )
 SIZES = ("budget_bytes", "maximum_bytes", "minimum_bytes", "cache_bytes", "extent_bytes")
 

@@ -2,7 +2,8 @@
 knows of it. Python imports this file at its start if PYTHONPATH names its folder.
 
 `KVC_TEST_FAULTS` names a folder. `plan.json` in it says which calls fail from now on:
-`{"kinds": ["create"], "share": 0.3, "times": 5}`; what has failed is added to `failed`.
+`{"kinds": ["create"], "share": 0.3, "times": 5}`; what has failed is added to `failed`. With
+`"taken": true` another process has all memory that the driver has free.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ class Plan:
         os.write(self._failed, f"{kind}\n".encode())
         return True
 
+    def is_taken(self) -> bool:
+        """Whether another process has all memory."""
+        self._look()
+        return bool(self._plan.get("taken"))
+
     def _look(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             inode = os.stat(self._path).st_ino
@@ -50,6 +56,7 @@ class Plan:
 
 
 def install(folder: str) -> None:
+    from kvcached_vmm.driver import DeviceMemory
     from kvcached_vmm.errors import DriverError, OutOfMemory
     from kvcached_vmm.host_driver import HostDriver
 
@@ -69,6 +76,13 @@ def install(folder: str) -> None:
 
     for kind in KINDS:
         setattr(HostDriver, kind, faulty(kind))
+    ask = HostDriver.memory
+
+    def memory(driver: HostDriver) -> DeviceMemory:
+        found = ask(driver)
+        return DeviceMemory(0, found.total_bytes) if plan.is_taken() else found
+
+    HostDriver.memory = memory  # type: ignore[method-assign]
 
 
 if os.environ.get("KVC_TEST_FAULTS"):

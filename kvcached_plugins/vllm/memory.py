@@ -24,7 +24,8 @@ from kvcached_vmm.errors import DriverError
 from kvcached_vmm.extents import Footprint
 from kvcached_vmm.fence import Mark, Passed, Quarantine
 from kvcached_vmm.ledger import Ledger
-from kvcached_vmm.tensors import StreamMarks, arena_tensor, device_driver
+from kvcached_vmm.poison import PoisonedArena
+from kvcached_vmm.tensors import StreamMarks, arena_tensor, device_driver, filler
 from kvcached_vmm.units import format_size
 
 logger = logging.getLogger("vllm.kvcached")
@@ -76,7 +77,13 @@ class WorkerMemory:
         self.driver = device_driver(self.device)
         self.fixed_bytes = int(getattr(worker, "kvcached_fixed_bytes", 0))
         self.default_budget_bytes = default_budget(worker, self.driver)
-        self.arena = Arena(self.driver, extent_map(kv_cache_config, plan, self.driver.granularity))
+        extents = extent_map(kv_cache_config, plan, self.driver.granularity)
+        self._poisoned: PoisonedArena | None = None
+        if settings.poison is not None:
+            self._poisoned = PoisonedArena(
+                self.driver, extents, settings.poison, filler(self.device)
+            )
+        self.arena = self._poisoned or Arena(self.driver, extents)
         self._lock = threading.RLock()
         self._mark: Callable[[], Mark] = (
             StreamMarks(self.device) if self.device.type == "cuda" else Passed
@@ -102,6 +109,8 @@ class WorkerMemory:
             missing = self.arena.missing(chain.from_iterable(named_blocks(scheduler_output)))
             if missing:
                 self._commit(missing)
+            if self._poisoned is not None:
+                self._poisoned.hand_out(chain.from_iterable(named_blocks(scheduler_output)))
             if orders is not None:
                 self._ordered_step = orders.step
                 self._quarantine.put(orders.step, orders.release)
