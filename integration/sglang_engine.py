@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,9 @@ TOKEN_BYTES = 4096
 
 EXTENT_BYTES = MIB
 
-SGLANG_ENV = {"PYTHONPATH": str(SHIM)}
+SGLANG_ENV = {
+    "PYTHONPATH": os.pathsep.join([str(SHIM), *filter(None, [os.environ.get("PYTHONPATH")])])
+}
 
 
 class Scheduled(NamedTuple):

@@ -90,6 +90,7 @@ class Case:
             max_prefill_tokens=16,
             max_req_len=30,
             max_req_input_len=25,
+            max_running_requests=8,
             tree_cache=Tree(allocator),
         )
         self.allocator = allocator
@@ -116,7 +117,7 @@ class Case:
 
     def take_all_but(self, extents: int) -> None:
         """The neighbour uses what is left of the budget, less ``extents``."""
-        wanted = (self.memory.budget.room() - extents) * EXTENT_BYTES
+        wanted = (self.memory.room() - extents) * EXTENT_BYTES
         assert self.neighbour.reserve(wanted, EXTENT_BYTES) == wanted
         self.neighbour.commit(wanted, wanted)
         self.look(1)
@@ -271,7 +272,7 @@ def test_a_trim_and_a_lower_maximum_take_what_can_be_spared(cases: Callable[...,
     case.scheduler.tree_cache.cached = [case.allocator.alloc(20)]
     ledger = case.world.ledger
     ledger.set_terms(ledger.snapshot().accounts[0], maximum_bytes=2 * EXTENT_BYTES)
-    assert case.memory.budget.rung()
+    assert case.memory.shares.rings != case.steward._heard
     case.look()
     assert case.committed() <= 2
     ledger.set_terms(ledger.snapshot().accounts[0], trim=True)
