@@ -30,9 +30,12 @@ TOKEN_BYTES = 4096
 
 EXTENT_BYTES = MIB
 
-SGLANG_ENV = {
-    "PYTHONPATH": os.pathsep.join([str(SHIM), *filter(None, [os.environ.get("PYTHONPATH")])])
-}
+
+def with_shim(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """``variables`` of a process that runs SGLang, with what it lacks on the ``PYTHONPATH``."""
+    found = dict(variables or {})
+    path = found.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
+    return {**found, "PYTHONPATH": os.pathsep.join(filter(None, [path, str(SHIM)]))}
 
 
 class Scheduled(NamedTuple):
@@ -63,9 +66,7 @@ def schedule(
     spec = {"arguments": {**defaults, **arguments}, "requests": requests, "script": script}
     (folder / "spec.json").write_text(json.dumps(spec))
     command = [sys.executable, str(PROGRAM), str(folder / "spec.json"), str(folder / "out.json")]
-    ran = run_script(
-        command, folder / "log", env={**SGLANG_ENV, **(env or {})}, timeout_s=timeout_s
-    )
+    ran = run_script(command, folder / "log", env=with_shim(env), timeout_s=timeout_s)
     assert ran.code == 0, ran.end()
     found = json.loads((folder / "out.json").read_text())
     return Scheduled(found["tokens"], found["phases"], ran.output)
@@ -88,7 +89,7 @@ class SGLangServer(Server):
     def __init__(
         self, model: Path, log: Path, *, env: Mapping[str, str], arguments: Sequence[str] = ()
     ) -> None:
-        super().__init__(model, log, env={**SGLANG_ENV, **env}, arguments=arguments)
+        super().__init__(model, log, env=with_shim(env), arguments=arguments)
 
     def command(self, model: Path) -> list[str]:
         return serve_sglang(model)

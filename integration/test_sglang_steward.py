@@ -320,11 +320,94 @@ def test_a_batch_that_waited_in_vain_goes_back_to_sglang(cases: Callable[..., Ca
     case = cases()
     case.take_all_but(0)
     case.allocator.alloc(3)
-    case.scheduler.running_batch = Batch(1)
+    case.scheduler.running_batch = Batch(2)
     began = time.monotonic()
     case.steward.begin_round()
     assert 0.9 < time.monotonic() - began < 5.0
     assert case.allocator.available_size() == 0
+
+
+def test_the_last_request_waits_for_longer_for_sglang_would_abort_it(
+    cases: Callable[..., Case],
+) -> None:
+    case = cases()
+    case.take_all_but(0)
+    case.allocator.alloc(3)
+    case.scheduler.running_batch = Batch(1)
+    helper = threading.Timer(1.5, lambda: case.neighbour.release(EXTENT_BYTES))
+    helper.start()
+    case.steward.begin_round()
+    helper.join()
+    assert case.allocator.available_size() == SPAN
+
+
+class Asked(SimpleNamespace):
+    """A request of so many tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(origin_input_ids=[0] * tokens, output_ids=[])
+
+
+def test_while_others_wait_no_request_begins_beyond_the_fair_share(
+    cases: Callable[..., Case],
+) -> None:
+    """As vLLM: what its own requests give up goes to whoever waits, not to the next of its own."""
+    case = cases()
+    live = case.allocator.alloc(28)
+    assert case.steward.admits(Asked(8), [])
+    case.neighbour.report(0, 0, 9 * EXTENT_BYTES)
+    case.scheduler.waiting_queue = [Asked(8)]
+    case.scheduler.running_batch = Batch(1)
+    case.look(1)
+    assert case.steward.admission.share_bytes == 5 * EXTENT_BYTES, "half of ten"
+    assert not case.steward.admits(Asked(1), []), "it has more than its share"
+    case.allocator.free(live[16:])
+    assert case.steward.admits(Asked(4), [])
+    assert not case.steward.admits(Asked(3), [Asked(2)]), "chosen ones count before they have pages"
+    case.neighbour.report(0, 0, 0)
+    with_share = case.steward.admission.share_bytes
+    case.steward._tenant._calm_at = 0.0
+    case.scheduler.running_batch.batch_is_full = True
+    case.look(1)
+    assert with_share is not None
+    assert case.steward.admission.share_bytes is None
+    assert not case.scheduler.running_batch.batch_is_full, "SGLang tries again"
+    assert case.steward.admits(Asked(12), [])
+
+
+def test_a_request_that_leaves_memory_to_others_counts_as_one_that_waits(
+    cases: Callable[..., Case],
+) -> None:
+    """Though SGLang takes its batch to be full then, and tries none."""
+    case = cases()
+    case.allocator.alloc(28)
+    case.neighbour.report(0, 0, 9 * EXTENT_BYTES)
+    case.scheduler.waiting_queue = [Asked(8)]
+    case.scheduler.running_batch = Batch(1)
+    case.look(2)
+    assert case.world.ledger.snapshot().accounts[0].wanted_bytes > 0
+
+
+def test_alone_with_nothing_running_a_request_may_always_begin(cases: Callable[..., Case]) -> None:
+    case = cases()
+    case.neighbour.report(0, 0, 9 * EXTENT_BYTES)
+    case.look(1)
+    assert case.steward.admission.share_bytes is not None
+    assert case.steward.admits(Asked(30), [])
+    assert not case.steward.admits(Asked(30), [Asked(1)])
+
+
+def test_what_was_given_to_others_is_counted(cases: Callable[..., Case]) -> None:
+    case = cases()
+    case.scheduler.tree_cache.cached = [case.allocator.alloc(39)]
+    case.neighbour.report(0, 0, 4 * EXTENT_BYTES)
+    case.look()
+    counters = case.world.ledger.snapshot().accounts[0].counters
+    assert counters.commits == 10
+    assert counters.releases >= 4
+    assert counters.reclaims >= 1
+    assert counters.reclaimed_bytes >= 4 * EXTENT_BYTES
+    assert counters.driver_seconds > 0
 
 
 def test_requests_may_not_be_longer_than_the_limit_holds(cases: Callable[..., Case]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
+from kvcached_plugins.backing import PATIENCE_SECONDS
 from kvcached_plugins.hub import plugins
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.sglang.allocators import ElasticPages
@@ -46,8 +47,8 @@ POLL_SECONDS = 0.01
 """How often a batch that cannot go on asks again."""
 
 STARVED_SECONDS = 1.0
-"""How long a batch that cannot go on at all waits for others' memory before SGLang retracts or, if
-one request is left, aborts it."""
+"""How long a batch that cannot go on at all waits for others' memory before SGLang retracts
+requests of it. The last one it would abort: that one waits for ``PATIENCE_SECONDS``."""
 
 
 class Steward:
@@ -110,7 +111,9 @@ class Steward:
         self._tenant.report(force=waited and self.admission.shortage() == (0, 0))
         if not pages:
             return
-        polls = int(STARVED_SECONDS / POLL_SECONDS)
+        running = self._scheduler.running_batch
+        patience_s = STARVED_SECONDS if running.batch_size() > 1 else PATIENCE_SECONDS
+        polls = int(patience_s / POLL_SECONDS)
         while polls and self._starved():
             self.admission.settle()
             self._tenant.report(force=True)
@@ -119,7 +122,6 @@ class Steward:
             polls -= 1
         share = self.admission.share_bytes
         before, now = self._before, (self._spare_pages(), NO_LIMIT if share is None else share)
-        running = self._scheduler.running_batch
         if running.is_empty() or now[0] > before[0] or now[1] > before[1]:
             # SGLang takes a batch to stay full until one of its requests ends; here room may also
             # come from a neighbour, even when no request runs.
