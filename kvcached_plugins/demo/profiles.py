@@ -77,7 +77,10 @@ GPU = Profile(
 
 PROFILES = {
     "vllm": (HOST, GPU),
-    "sglang": (replace(GPU, engine=SGLANG), replace(HOST, engine=SGLANG_CPU)),
+    "sglang": (
+        replace(GPU, engine=SGLANG),
+        replace(HOST, engine=SGLANG_CPU, shape=HOST.shape._replace(value_bytes=4)),
+    ),
 }
 """By the name of the engine; of those whose engine is usable here, the first is taken."""
 
