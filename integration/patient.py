@@ -96,6 +96,17 @@ def patient_env(folder: Path) -> dict[str, str]:
     }
 
 
+@contextlib.contextmanager
+def patient_of(kind: type[Server], model: Path, folder: Path) -> Iterator[Patient]:
+    """A server of that ``kind``, from its start to its end."""
+    server = kind(model, folder / "log", env=patient_env(folder))
+    try:
+        server.wait_ready()
+        yield Patient(server, folder / "ledger", folder / "faults")
+    finally:
+        server.stop()
+
+
 def hold_the_lock(folder: Path) -> None:
     """Stop with the lock held, as an engine does that somebody stops at a bad moment."""
     ledger = Ledger.open(folder, "host")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from integration.engine import Request, wait_until
-from integration.patient import DriverFaults, Patient, patient_env, stopped_holder
+from integration.patient import DriverFaults, Patient, patient_of, stopped_holder
 from integration.sglang_engine import SGLangServer, needs_sglang, schedule
 
 pytestmark = [pytest.mark.engine, needs_sglang]
@@ -38,13 +38,8 @@ def reference(
 def patient(
     reference: list[list[int]], model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Patient]:
-    folder = tmp_path_factory.mktemp("faults")
-    server = SGLangServer(model, folder / "log", env=patient_env(folder))
-    try:
-        server.wait_ready()
-        yield Patient(server, folder / "ledger", folder / "faults")
-    finally:
-        server.stop()
+    with patient_of(SGLangServer, model, tmp_path_factory.mktemp("faults")) as started:
+        yield started
 
 
 class TestDriverFaults(DriverFaults):

@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from integration.engine import Request, Server, needs_vllm, wait_until
-from integration.patient import DriverFaults, Patient, patient_env, stopped_holder
+from integration.patient import DriverFaults, Patient, patient_of, stopped_holder
 
 pytestmark = [pytest.mark.engine, needs_vllm]
 
@@ -29,13 +29,8 @@ pytestmark = [pytest.mark.engine, needs_vllm]
 def patient(
     plugin: None, model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Patient]:
-    folder = tmp_path_factory.mktemp("faults")
-    server = Server(model, folder / "log", env=patient_env(folder))
-    try:
-        server.wait_ready()
-        yield Patient(server, folder / "ledger", folder / "faults")
-    finally:
-        server.stop()
+    with patient_of(Server, model, tmp_path_factory.mktemp("faults")) as started:
+        yield started
 
 
 class TestDriverFaults(DriverFaults):
