@@ -42,7 +42,7 @@ test: lint
 test-sglang:
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 with venv found (on Debian: apt install python3-venv); or set PYTHON=/path/to/python." >&2; exit 2; }
 	@$(ENV) --engine sglang-cpu -- pytest $(wildcard tests/test_sglang_*.py integration/test_sglang_*.py) \
-	  tests/test_contract.py -m "not gpu" $(PYTEST_ARGS)
+	  integration/test_demo_engines.py tests/test_contract.py -m "not gpu" $(PYTEST_ARGS)
 
 demo: DEMO_FILE = demo$(filter-out -vllm,-$(ENGINE))
 demo:
