@@ -119,7 +119,9 @@ _shim: dict[str, Any] = {}
 
 
 def use_shim() -> None:
-    """Let this process import SGLang: for tests of its parts."""
-    if not _shim:
+    """Let this process import SGLang: for tests of its parts. Done already where the shim is on the
+    ``PYTHONPATH``."""
+    at_start = getattr(sys.modules.get("sitecustomize"), "__file__", None)
+    if not _shim and at_start != str(SHIM / "sitecustomize.py"):
         _shim.update(runpy.run_path(str(SHIM / "sitecustomize.py")))
         sys.path.insert(0, str(SHIM))
