@@ -71,9 +71,8 @@ class World:
             Arena(driver or HostDriver(), extents),
             shares,
             torch.device("cpu"),
-            lambda: Ledger.open(self.ledger.path.parent, "host").join(
-                "test (not given back)", None
-            ),
+            "test",
+            self.join_beside,
         )
         self.memory.book.room = self.memory.room()
         pool = SimpleNamespace(kvcached=self.memory)

@@ -280,6 +280,23 @@ def test_a_trim_and_a_lower_maximum_take_what_can_be_spared(cases: Callable[...,
     assert case.committed() == 1
 
 
+def test_a_trim_takes_prefixes_and_their_memory_with_the_next_looks(
+    cases: Callable[..., Case],
+) -> None:
+    """Without waiting for memory without content to decay."""
+    case = cases(KVCACHED_DECAY="60", KVCACHED_CACHE_TTL="60")
+    live = case.allocator.alloc(5)
+    case.scheduler.tree_cache.cached = [case.allocator.alloc(34)]
+    ledger = case.world.ledger
+    ledger.set_terms(ledger.snapshot().accounts[0], trim=True)
+    case.look(3)
+    assert case.committed() == 2
+    case.world.check({int(page) for page in live})
+    case.scheduler.tree_cache.cached = [case.allocator.alloc(8)]
+    case.look(3)
+    assert case.scheduler.tree_cache.evictable_size() == 8, "once is once"
+
+
 def test_a_bound_on_cached_prefixes_holds_while_requests_run(cases: Callable[..., Case]) -> None:
     case = cases()
     ledger = case.world.ledger

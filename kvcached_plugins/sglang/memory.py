@@ -42,6 +42,7 @@ class PoolMemory:
         arena: the address range of the pool's buffers.
         shares: what we may use.
         device: whose memory it is.
+        name: how tools call the engine.
         join: takes a record in the ledger for what the driver does not take back.
 
     Attributes:
@@ -49,9 +50,15 @@ class PoolMemory:
     """
 
     def __init__(
-        self, arena: Arena, shares: Shares, device: torch.device, join: Callable[[], Account]
+        self,
+        arena: Arena,
+        shares: Shares,
+        device: torch.device,
+        name: str,
+        join: Callable[[], Account],
     ) -> None:
         self.arena = arena
+        self.name = name
         self.book = PageBook(arena.extents)
         self.device = device
         self.shares = shares

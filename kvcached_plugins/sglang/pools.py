@@ -188,6 +188,7 @@ def _memory(pool: Any, asked: list[Buffer]) -> PoolMemory:
         Arena(driver, extents),
         Shares([(account, 1)], FreeBytes(driver)),
         device,
+        name,
         lambda: join_beside(settings, name, "not given back", driver.device, budget),
     )
 

@@ -18,7 +18,7 @@ from kvcached_plugins.sglang.allocators import ElasticPages
 from kvcached_plugins.sglang.demand import demand_pages, is_idle, pages_of, queued_pages
 from kvcached_plugins.sglang.memory import PoolMemory
 from kvcached_plugins.sglang.ranks import Agreement
-from kvcached_plugins.tenant import Tenant
+from kvcached_plugins.tenant import EVERYTHING, Tenant
 from kvcached_vmm.admission import Admission
 from kvcached_vmm.policy import Spending
 from kvcached_vmm.records import AGES, NO_LIMIT
@@ -84,17 +84,20 @@ class Steward:
         self._before = 0, NO_LIMIT
         self._chosen = self._chosen_pages = 0
         self._pressure = 0
+        self._trimming = False
         if memory.device.type == "cuda":
             memory.shares.fix(torch.cuda.memory_reserved(memory.device) + CONTEXT_BYTES)
         plugins()  # so that the first who waits does not wait for other packages to load
         self._tenant = Tenant(memory.shares, self, self._queued_bytes)
         self._agree_on_terms(0.0)
         logger.info(
-            "kvcached: elastic cache: %s virtual, %d pages, extents of %s, up to %s",
+            "kvcached: elastic cache of %r: %s virtual, %d pages, extents of %s, up to %s, on %s",
+            memory.name,
             format_size(memory.arena.size_bytes),
             memory.book.total_pages,
             format_size(memory.unit_bytes),
             format_size(memory.shares.limit_bytes()),
+            memory.arena.driver.device,
         )
 
     def begin_round(self) -> None:
@@ -211,7 +214,7 @@ class Steward:
 
     def reclaim(self, wanted_bytes: int) -> list[int]:
         """``wanted_bytes`` are to be given back, as soon as all ranks are told so: none yet."""
-        self._pressure = wanted_bytes
+        self._pressure = max(self._pressure, wanted_bytes)
         return []
 
     def numbers(self) -> dict[str, int]:
@@ -292,7 +295,7 @@ class Steward:
         memory, allocator = self.memory, self.allocator
         in_step = self._agree.ranks > 1
         memory.collect(wait=in_step)
-        self._pressure = 0
+        self._pressure = EVERYTHING if self._trimming else 0
         self._tenant.owed(urgent=True)
         now = self._agree_on_terms(now)
         allocator.find(now, wait=in_step)
@@ -325,7 +328,7 @@ class Steward:
         return now_us / 1e6
 
     def _give_back(self, now: float, idle: bool) -> None:
-        memory, settings = self.memory, self._settings
+        memory, allocator, settings = self.memory, self.allocator, self._settings
         bytes_each = memory.unit_bytes
         if self._pressure:
             count = min(-(-self._pressure // bytes_each), len(memory.book.idle_extents))
@@ -333,7 +336,7 @@ class Steward:
             keep = 0 if idle else self._reserve
             count = memory.book.due(now, settings.decay_seconds, keep)
             count = count if idle else min(count, RELEASE_BATCH)
-        self.allocator.cut(memory.leave(count, owed=self._pressure > 0))
+        allocator.cut(memory.leave(count, owed=self._pressure > 0))
         cached = self._cached_bytes()
         surplus = 0
         if self._pressure:
@@ -344,6 +347,10 @@ class Steward:
             surplus = max(surplus, cached - self._cache_bytes)
         if surplus > 0 and cached:
             self._evict(-(-surplus // self.page_bytes))
+        # Whoever asks for everything asks once, and the memory of prefixes is found to be free a
+        # look later.
+        busy = allocator.unsorted or allocator.looking
+        self._trimming = self._pressure >= EVERYTHING and busy
 
     def _evict(self, pages: int) -> None:
         tokens = pages * self.allocator.page_size
