@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from integration.sglang_engine import needs_sglang, use_shim
 from kvcached_vmm.account import Account
 from kvcached_vmm.arena import Arena
-from kvcached_vmm.driver import Driver
 from kvcached_vmm.extents import ExtentMap, Region
 from kvcached_vmm.host_driver import GRANULARITY, HostDriver
 from kvcached_vmm.ledger import Ledger
@@ -42,9 +41,7 @@ class Held:
 class World:
     """A pool of ``pages`` pages over an arena, a budget of ``budget_extents``, and the ledger."""
 
-    def __init__(
-        self, pages: int, page_size: int, budget_extents: int, driver: Driver | None = None
-    ) -> None:
+    def __init__(self, pages: int, page_size: int, budget_extents: int) -> None:
         use_shim()
         import torch
 
@@ -68,7 +65,7 @@ class World:
                 return world.marks[-1]
 
         self.memory = Memory(
-            Arena(driver or HostDriver(), extents),
+            Arena(HostDriver(), extents),
             shares,
             torch.device("cpu"),
             "test",
