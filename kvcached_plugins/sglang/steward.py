@@ -118,10 +118,10 @@ class Steward:
         patience_s = STARVED_SECONDS if running.batch_size() > 1 else PATIENCE_SECONDS
         polls = int(patience_s / POLL_SECONDS)
         while polls and self._starved():
-            self.admission.settle()
             self._tenant.report(force=True)
             time.sleep(POLL_SECONDS)
             self._reserve_for(pages)
+            self.admission.settle()
             polls -= 1
         share = self.admission.share_bytes
         before, now = self._before, (self._spare_pages(), NO_LIMIT if share is None else share)
