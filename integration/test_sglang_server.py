@@ -226,6 +226,8 @@ def test_its_metrics_show_the_ledgers_figures_of_this_engine(serving: Serving) -
     assert value("reclaims_total") > 0, "an earlier neighbour has waited"
     assert value("driver_seconds_total") > 0
     assert "sglang:num_queue_reqs" in families
+    # Counted in the first process, where nobody may load prometheus_client before SGLang.
+    assert server.metric("sglang:num_requests_total") > 0
     answer = httpx.get(
         f"{server.url}/metrics", headers={"Accept": "application/openmetrics-text"}, timeout=30
     )
