@@ -102,9 +102,7 @@ class Case:
         )
 
     def wait(self, tokens: int) -> None:
-        self.scheduler.waiting_queue = [
-            SimpleNamespace(origin_input_ids=[0] * tokens, output_ids=[])
-        ]
+        self.scheduler.waiting_queue = [Asked(tokens)]
 
     def look(self, times: int = 4) -> None:
         """Rounds with nothing to run, far enough apart to look each time."""
@@ -359,10 +357,10 @@ def test_the_last_request_waits_for_longer_for_sglang_would_abort_it(
 
 
 class Asked(SimpleNamespace):
-    """A request of so many tokens."""
+    """A request of so many tokens, some of which were found in the prefix cache."""
 
-    def __init__(self, tokens: int) -> None:
-        super().__init__(origin_input_ids=[0] * tokens, output_ids=[])
+    def __init__(self, tokens: int, cached: int = 0) -> None:
+        super().__init__(origin_input_ids=[0] * tokens, output_ids=[], prefix_indices=[0] * cached)
 
 
 def test_while_others_wait_no_request_begins_beyond_the_fair_share(
@@ -371,16 +369,17 @@ def test_while_others_wait_no_request_begins_beyond_the_fair_share(
     """As vLLM: what its own requests give up goes to whoever waits, not to the next of its own."""
     case = cases()
     live = case.allocator.alloc(28)
-    assert case.steward.admits(Asked(8), [])
+    assert case.steward.admits(Asked(8), 0)
     case.neighbour.report(0, 0, 9 * EXTENT_BYTES)
     case.scheduler.waiting_queue = [Asked(8)]
     case.scheduler.running_batch = Batch(1)
     case.look(1)
     assert case.steward.admission.share_bytes == 5 * EXTENT_BYTES, "half of ten"
-    assert not case.steward.admits(Asked(1), []), "it has more than its share"
+    assert not case.steward.admits(Asked(1), 0), "it has more than its share"
     case.allocator.free(live[16:])
-    assert case.steward.admits(Asked(4), [])
-    assert not case.steward.admits(Asked(3), [Asked(2)]), "chosen ones count before they have pages"
+    assert case.steward.admits(Asked(4), 0)
+    assert case.steward.admits(Asked(11, cached=7), 0), "what is cached has its memory"
+    assert not case.steward.admits(Asked(3), 2), "chosen ones count before they have pages"
     case.neighbour.report(0, 0, 0)
     with_share = case.steward.admission.share_bytes
     case.steward._tenant._calm_at = 0.0
@@ -389,7 +388,7 @@ def test_while_others_wait_no_request_begins_beyond_the_fair_share(
     assert with_share is not None
     assert case.steward.admission.share_bytes is None
     assert not case.scheduler.running_batch.batch_is_full, "SGLang tries again"
-    assert case.steward.admits(Asked(12), [])
+    assert case.steward.admits(Asked(12), 0)
 
 
 def test_a_request_that_leaves_memory_to_others_counts_as_one_that_waits(
@@ -410,8 +409,8 @@ def test_alone_with_nothing_running_a_request_may_always_begin(cases: Callable[.
     case.neighbour.report(0, 0, 9 * EXTENT_BYTES)
     case.look(1)
     assert case.steward.admission.share_bytes is not None
-    assert case.steward.admits(Asked(30), [])
-    assert not case.steward.admits(Asked(30), [Asked(1)])
+    assert case.steward.admits(Asked(30), 0)
+    assert not case.steward.admits(Asked(30), 1)
 
 
 def test_what_was_given_to_others_is_counted(cases: Callable[..., Case]) -> None:

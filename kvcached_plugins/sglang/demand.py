@@ -14,6 +14,14 @@ def pages_of(request: Any, page_size: int) -> int:
     return -(-(len(request.origin_input_ids) + len(request.output_ids)) // page_size)
 
 
+def uncached_pages(request: Any, page_size: int) -> int:
+    """Pages that a request needs beyond the prefix that SGLang has found for it, which has its
+    memory already."""
+    has_length = hasattr(request, "prefix_len")  # since 0.5.22
+    found = request.prefix_len if has_length else len(request.prefix_indices)
+    return pages_of(request, page_size) - found // page_size
+
+
 def queued_pages(scheduler: Any, page_size: int) -> int:
     """What the requests need that wait and could run beside the others."""
     running = int(scheduler.running_batch.batch_size())

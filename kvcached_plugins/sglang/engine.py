@@ -80,7 +80,7 @@ def add_one_req(original: Callable[..., Any], adder: Any, req: Any, *args: Any, 
     """A request that would take the engine beyond its limit, or beyond its fair share while others
     wait, is told that there are no tokens left for it: it waits."""
     steward = _steward_of_parts(adder)
-    if steward is not None and not steward.admits(req, adder.can_run_list):
+    if steward is not None and not steward.admits(req, adder.log_input_tokens):
         return AddReqResult.NO_TOKEN
     return original(adder, req, *args, **kw)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from kvcached_plugins.backing import PATIENCE_SECONDS
 from kvcached_plugins.hub import plugins
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.sglang.allocators import ElasticPages
-from kvcached_plugins.sglang.demand import demand_pages, is_idle, pages_of, queued_pages
+from kvcached_plugins.sglang.demand import demand_pages, is_idle, queued_pages, uncached_pages
 from kvcached_plugins.sglang.memory import PoolMemory
 from kvcached_plugins.sglang.ranks import Agreement
 from kvcached_plugins.tenant import EVERYTHING, Tenant
@@ -82,7 +81,6 @@ class Steward:
         self._active_at: float | None = None
         self._cache_bytes: int | None = settings.cache_bytes
         self._before = 0, NO_LIMIT
-        self._chosen = self._chosen_pages = 0
         self._pressure = 0
         self._trimming = False
         if memory.device.type == "cuda":
@@ -103,12 +101,11 @@ class Steward:
     def begin_round(self) -> None:
         """SGLang is about to choose a batch: get grants for whatever it may allocate in it."""
         pages = demand_pages(self._scheduler, self.allocator.page_size)
-        self._chosen = self._chosen_pages = 0
         waited, waiting = self.admission.shortage() != (0, 0), self._scheduler.waiting_queue
         self._reserve_for(pages)
         if waiting and self.admission.share_bytes is not None:
             # SGLang tries no request while it takes its batch to be full.
-            self.admits(waiting[0], ())
+            self.admits(waiting[0], 0)
         self.admission.settle()
         self._tick()
         self._tenant.report(force=waited and self.admission.shortage() == (0, 0))
@@ -131,17 +128,12 @@ class Steward:
             running.batch_is_full = False
         self._before = now
 
-    def admits(self, request: Any, chosen: Sequence[Any]) -> bool:
-        """Whether ``request`` may begin beside those that run and those ``chosen`` so far in this
-        round, whose pages are not allocated yet.
-
-        All of its tokens count, those of a prefix too that others use already.
-        """
+    def admits(self, request: Any, chosen_tokens: int) -> bool:
+        """Whether ``request`` may begin beside those that run and those that were chosen in this
+        round, for whose ``chosen_tokens`` no pages are allocated yet."""
         size = self.allocator.page_size
-        self._chosen_pages += sum(pages_of(each, size) for each in chosen[self._chosen :])
-        self._chosen = len(chosen)
-        live = self._live_pages() + self._chosen_pages
-        return self.admission.admits(live, pages_of(request, size))
+        live = self._live_pages() + -(-chosen_tokens // size)
+        return self.admission.admits(live, uncached_pages(request, size))
 
     def end_round(self) -> None:
         """The batch is chosen and its pages are allocated."""
