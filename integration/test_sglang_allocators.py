@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from integration.sglang_engine import needs_sglang, use_shim
+from kvcached_vmm.account import Account
 from kvcached_vmm.arena import Arena
 from kvcached_vmm.extents import ExtentMap, Region
 from kvcached_vmm.host_driver import GRANULARITY, HostDriver
@@ -45,8 +46,8 @@ class World:
         import torch
 
         from kvcached_plugins.sglang import allocators
-        from kvcached_plugins.sglang.budget import ExtentBudget
         from kvcached_plugins.sglang.memory import PoolMemory
+        from kvcached_plugins.shares import Shares
 
         self.torch = torch
         self.folder = tempfile.TemporaryDirectory()
@@ -54,7 +55,7 @@ class World:
         extents = ExtentMap(pages + 1, [Region(0, GRANULARITY)], GRANULARITY, SPAN)
         self.ledger = Ledger.open(Path(self.folder.name) / "ledger", "host")
         account = self.ledger.join("test", budget_extents * extents.largest_bytes)
-        budget = ExtentBudget(account, extents.largest_bytes, lambda: 1 << 40)
+        shares = Shares([(account, 1)], lambda: 1 << 40)
         world = self
         self.marks: list[Held] = []
 
@@ -63,8 +64,14 @@ class World:
                 world.marks.append(Held())
                 return world.marks[-1]
 
-        self.memory = Memory(Arena(HostDriver(), extents), budget, torch.device("cpu"))
-        self.memory.book.room = budget.room()
+        self.memory = Memory(
+            Arena(HostDriver(), extents),
+            shares,
+            torch.device("cpu"),
+            "test",
+            self.join_beside,
+        )
+        self.memory.book.room = self.memory.room()
         pool = SimpleNamespace(kvcached=self.memory)
         self.stock, self.elastic = (
             self._make(cls, pool)
@@ -77,6 +84,9 @@ class World:
                 else allocators.ElasticPagedAllocator,
             )
         )
+
+    def join_beside(self) -> Account:
+        return Ledger.open(self.ledger.path.parent, "host").join("not given back", None)
 
     def _make(self, cls: Any, pool: Any) -> Any:
         size = (self.memory.book.total_pages) * self.page_size
@@ -110,7 +120,7 @@ class World:
         assert used <= memory.arena.committed, "a page that is in use has no memory"
         account = self.ledger.snapshot().accounts[0]
         assert account.committed_bytes == memory.arena.committed_bytes
-        assert account.reserved_bytes == memory.book.credit * memory.budget.extent_bytes
+        assert account.reserved_bytes == memory.book.credit * memory.unit_bytes
         available = self.elastic.available_size() // self.page_size
         assert available + len(live) + memory.book.withheld_pages == memory.book.total_pages
 
@@ -363,7 +373,7 @@ def test_with_room_for_all_it_answers_as_stock_does(
                 held.clear()
                 live.clear()
             world.memory.collect()
-            world.memory.book.room = world.memory.budget.room()
+            world.memory.book.room = world.memory.room()
             leaving = sum(
                 len(world.memory.book.pages(e))
                 for e in range(world.memory.arena.extents.num_extents)

@@ -119,7 +119,7 @@ def test_every_slot_of_the_pages_that_are_handed_out_can_be_written_and_read(
 
     pool = make(hooked, page_size)
     memory = pool.kvcached
-    memory.book.room = memory.budget.room()
+    memory.book.room = memory.room()
     try:
         if page_size == 1:
             allocator = allocators.ElasticTokenAllocator(SIZE, pool.dtype, "cpu", pool, False)

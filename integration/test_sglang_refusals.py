@@ -15,7 +15,7 @@ import pytest
 
 from integration.conftest import elastic_env
 from integration.engine import Ran, run_script
-from integration.sglang_engine import SGLANG_ENV, needs_sglang, serve_sglang
+from integration.sglang_engine import needs_sglang, serve_sglang, with_shim
 
 pytestmark = [pytest.mark.engine, needs_sglang]
 
@@ -74,7 +74,7 @@ def starts(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, R
     (folder / "starter.py").write_text(STARTER)
     (folder / "spec.json").write_text(json.dumps(cases))
     command = [sys.executable, str(folder / "starter.py"), str(folder / "spec.json"), str(folder)]
-    ran = run_script(command, folder / "log", env=SGLANG_ENV, timeout_s=400)
+    ran = run_script(command, folder / "log", env=with_shim(), timeout_s=400)
     codes = re.search(r"CODES (.*)", ran.output)
     assert codes, ran.end()
     return {
@@ -117,7 +117,7 @@ def test_an_unknown_version_of_sglang_is_refused(model: Path, tmp_path: Path) ->
     metadata = site / "sglang-0.9.9.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.9.9\n")
-    env = {**SGLANG_ENV, **elastic_env(tmp_path / "ledger")}
+    env = with_shim(elastic_env(tmp_path / "ledger"))
     env["PYTHONPATH"] = f"{site}:{env['PYTHONPATH']}"
 
     ran = run_script(serve_sglang(model), tmp_path / "log", env=env, timeout_s=120)

@@ -16,11 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from integration.conftest import elastic_env, holding, random_prompt
 from integration.engine import MIB, Request, wait_until
 from integration.sglang_engine import EXTENT_BYTES, TOKEN_BYTES, SGLangServer, needs_sglang
+from kvcached_plugins.metrics import COUNTERS, GAUGES
 from kvcached_vmm.ledger import Ledger
 
 pytestmark = [pytest.mark.engine, needs_sglang]
@@ -31,6 +34,7 @@ SETTLE_S = 8.0
 
 NEIGHBOUR = """
 import sys, time
+from kvcached_plugins.metrics import COUNTERS, GAUGES
 from kvcached_vmm.ledger import Ledger
 account = Ledger.open(sys.argv[1], "host").join("neighbour", None)
 wanted, got = int(sys.argv[2]), 0
@@ -192,3 +196,40 @@ def test_the_usage_metric_is_what_requests_use(serving: Serving) -> None:
     server = serving.server
     server.tell("/flush_cache")
     assert wait_until(lambda: server.metric("sglang:token_usage") == 0.0, 40.0)
+
+
+def test_its_metrics_show_the_ledgers_figures_of_this_engine(serving: Serving) -> None:
+    """Under the names that they have on vLLM's /metrics, beside SGLang's own."""
+    server = serving.server
+    server.complete_all(burst(6, seed=8), concurrency=6)
+    with neighbour(serving.folder, EXTENT_BYTES) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "has it\n"
+        with contextlib.closing(Ledger.open(serving.folder, "host")) as ledger:
+            view = ledger.snapshot()
+        text = httpx.get(f"{server.url}/metrics", timeout=30).text
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    (own,) = [each for each in view.accounts if each.name == "sglang"]
+    labels = {"model_name": "sglang", "engine": "sglang", "device": "host", "pid": str(own.pid)}
+    for each in (*GAUGES, *COUNTERS):
+        samples = families[each.name.removesuffix("_total")].samples
+        expected = [] if each.value(own) is None else [labels]
+        assert [sample.labels for sample in samples] == expected, "the neighbour is not its own"
+
+    def value(name: str) -> float:
+        return server.metric(f"kvcached_{name}")
+
+    assert EXTENT_BYTES < value("committed_bytes") <= BUDGET_BYTES
+    assert value("budget_bytes") == BUDGET_BYTES
+    assert value("commits_total") > 4
+    assert value("releases_total") > 0
+    assert value("reclaims_total") > 0, "an earlier neighbour has waited"
+    assert value("driver_seconds_total") > 0
+    assert "sglang:num_queue_reqs" in families
+    # Counted in the first process, where nobody may load prometheus_client before SGLang.
+    assert server.metric("sglang:num_requests_total") > 0
+    answer = httpx.get(
+        f"{server.url}/metrics", headers={"Accept": "application/openmetrics-text"}, timeout=30
+    )
+    assert answer.text.endswith("# EOF\n"), "as SGLang's own route, it answers as it is asked"
+    assert "kvcached_live_bytes" in answer.text

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,6 +29,7 @@ from integration.engine import (
     needs_vllm,
     wait_until,
 )
+from integration.sampling import sampled
 from kvcached_vmm.ledger import Ledger
 
 pytestmark = [pytest.mark.engine, needs_vllm]
@@ -45,31 +44,6 @@ MOMENT_S = 0.002
 def burst(count: int, *, seed: int, size: int = 700, output: int = 40) -> list[Request]:
     rng = random.Random(seed)
     return [Request(random_prompt(size, rng), output) for _ in range(count)]
-
-
-@contextlib.contextmanager
-def sampled(measure: Callable[[], int], every_s: float = 0.05) -> Iterator[list[int]]:
-    """The values of `measure` while the block runs; an error in it is raised at the end."""
-    values: list[int] = []
-    errors: list[Exception] = []
-    done = threading.Event()
-
-    def sample() -> None:
-        try:
-            while not done.wait(every_s):
-                values.append(measure())
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield values
-    finally:
-        done.set()
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 def falls_to_one_extent(server: Server, within_s: float) -> bool:

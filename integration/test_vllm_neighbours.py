@@ -19,7 +19,8 @@ from integration.conftest import BUDGET_BYTES, EXTENT_BYTES, elastic_env
 from integration.engine import MIB, Server, family, needs_vllm, wait_until
 from integration.memory_group import memory_group
 from integration.places import has_ended
-from integration.test_vllm_memory import burst, falls_to_one_extent, sampled
+from integration.sampling import sampled
+from integration.test_vllm_memory import burst, falls_to_one_extent
 from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.records import AccountView, LedgerView
 

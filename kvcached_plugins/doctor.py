@@ -29,6 +29,12 @@ OK, NOTE, FAIL = "ok", "note", "FAIL"
 NVIDIA = Path("/proc/driver/nvidia")
 """Where the NVIDIA driver says its version and lists its GPUs."""
 
+LOADED_FROM = {
+    "vllm": ("vLLM", "vllm.general_plugins", "VLLM_PLUGINS"),
+    "sglang": ("SGLang", "sglang.srt.plugins", "SGLANG_PLUGINS"),
+}
+"""By engine: how people call it, the entry points that it loads, and the variable that chooses."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -64,8 +70,8 @@ def examine(
         yield from _folder(found)
     yield from _gpus(env, nvidia, open_gpu)
     yield from _host()
-    yield from _engines()
-    yield from _plugin(env)
+    yield from _engines(env)
+    yield from _plugins()
 
 
 def _switch(env: Mapping[str, str]) -> Iterator[Finding]:
@@ -81,7 +87,8 @@ def _switch(env: Mapping[str, str]) -> Iterator[Finding]:
             TOGGLE,
             NOTE,
             "off: engines started from here run as they always did",
-            f"to turn the elastic cache on: {TOGGLE}=1 vllm serve MODEL",
+            f"to turn the elastic cache on: `{TOGGLE}=1 vllm serve MODEL`, or "
+            f"`{TOGGLE}=1 python -m sglang.launch_server --model-path MODEL`",
         )
 
 
@@ -220,7 +227,7 @@ def map_one_granule(driver: Driver) -> None:
             ctypes.memset(base, 1, size)
 
 
-def _engines() -> Iterator[Finding]:
+def _engines(env: Mapping[str, str]) -> Iterator[Finding]:
     found = 0
     for engine in DISTRIBUTIONS:
         try:
@@ -234,6 +241,7 @@ def _engines() -> Iterator[Finding]:
             )
             continue
         found += 1
+        yield _registered(engine, env)
         known = f"install {engine} {', '.join(contract.supported(engine))} as it was published"
         try:
             manifest = contract.load(engine, version)
@@ -258,28 +266,37 @@ def _engines() -> Iterator[Finding]:
             "engines",
             FAIL,
             "no engine that we can extend is installed for this Python",
-            "pip install 'kvcached-plugins[vllm]', or run the `kvcached` of the engine's Python",
+            "pip install 'kvcached-plugins[vllm]' or 'kvcached-plugins[sglang]', or run the "
+            "`kvcached` of the engine's Python",
         )
 
 
-def _plugin(env: Mapping[str, str]) -> Iterator[Finding]:
-    group = "vllm.general_plugins"
+def _registered(engine: str, env: Mapping[str, str]) -> Finding:
+    """Whether an engine that is installed would load our plugin."""
+    title, group, variable = LOADED_FROM[engine]
+    subject = f"{title} plugin"
     if not any(each.name == hub.PROJECT for each in metadata.entry_points(group=group)):
-        yield Finding(
-            "vLLM plugin",
+        return Finding(
+            subject,
             FAIL,
-            f"not registered ({group}): vLLM would not load it",
-            "install kvcached-plugins with pip into the Python that runs vLLM",
+            f"not registered ({group}): {title} would not load it",
+            f"install kvcached-plugins with pip into the Python that runs {title}",
         )
-    elif hub.PROJECT not in (chosen := env.get("VLLM_PLUGINS", hub.PROJECT)).split(","):
-        yield Finding(
-            "vLLM plugin",
+    chosen = env.get(variable)
+    # SGLang takes an empty list for none at all.
+    if not chosen and engine == "sglang":
+        chosen = None
+    if chosen is not None and hub.PROJECT not in map(str.strip, chosen.split(",")):
+        return Finding(
+            subject,
             FAIL,
-            f"VLLM_PLUGINS={chosen} keeps vLLM from loading it",
-            f"add {hub.PROJECT} to VLLM_PLUGINS, or unset it",
+            f"{variable}={chosen} keeps {title} from loading it",
+            f"add {hub.PROJECT} to {variable}, or unset it",
         )
-    else:
-        yield Finding("vLLM plugin", OK, "registered")
+    return Finding(subject, OK, "registered")
+
+
+def _plugins() -> Iterator[Finding]:
     try:
         others = len(hub.plugins().get_plugins()) - 1
         yield Finding("our plugins", OK, f"{others} beside the default policy")

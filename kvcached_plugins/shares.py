@@ -7,12 +7,90 @@ import time
 from collections.abc import Callable, Sequence
 
 from kvcached_plugins.hub import owed_bytes
+from kvcached_plugins.settings import Settings
 from kvcached_vmm.account import Account
-from kvcached_vmm.errors import LedgerBusy, LedgerError
+from kvcached_vmm.driver import Driver
+from kvcached_vmm.errors import DriverError, LedgerBusy, LedgerError
+from kvcached_vmm.host_driver import HostDriver
+from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.policy import Spending
 from kvcached_vmm.records import NO_LIMIT, Counters
 
 logger = logging.getLogger("kvcached")
+
+GPU_SHARE = 0.92
+"""Of a GPU's memory, what engines share if nobody says: vLLM's own default. The rest is for
+fragmentation and for what no profile sees."""
+
+FRESH_SECONDS = 0.005
+"""How old what the driver says is free may be: asking takes 10 us on a GPU, 100 us on a host."""
+
+
+def default_budget(driver: Driver, least_gpu_share: float = 0.0) -> int:
+    """What engines share if nobody says: most of the GPU, or half of the host's memory."""
+    total = driver.memory().total_bytes
+    if driver.device == HostDriver.device:
+        return total // 2
+    return int(total * max(GPU_SHARE, least_gpu_share))
+
+
+def join(
+    settings: Settings,
+    name: str,
+    device: str,
+    *,
+    engine: str,
+    default_budget_bytes: int,
+    arena_bytes: int,
+) -> Account:
+    """Take an engine's record in the ledger of ``device``, with the terms that its user set.
+
+    Raises:
+        LedgerError: the ledger cannot be used, or the minimum is not to be had.
+    """
+    return Ledger.open(settings.directory, device).join(
+        name,
+        settings.budget_bytes,
+        settings.minimum_bytes,
+        settings.maximum_bytes,
+        settings.weight,
+        default_budget_bytes=default_budget_bytes,
+        cache_bytes=settings.cache_bytes,
+        engine=engine,
+        arena_bytes=arena_bytes,
+    )
+
+
+def join_beside(
+    settings: Settings, name: str, as_what: str, device: str, default_budget_bytes: int
+) -> Account:
+    """A record beside an engine's own, for memory that is not what it serves with."""
+    return Ledger.open(settings.directory, device).join(
+        f"{name} ({as_what})",
+        settings.budget_bytes,
+        default_budget_bytes=default_budget_bytes,
+    )
+
+
+class FreeBytes:
+    """Free bytes of a driver, asked for again when the answer is no longer fresh."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._asked = 0.0
+        self._free_bytes = 0
+
+    def __call__(self) -> int:
+        now = time.monotonic()
+        if now - self._asked > FRESH_SECONDS:
+            self._asked = now
+            try:
+                self._free_bytes = self._driver.memory().free_bytes
+            except DriverError as error:  # nothing is known to be free: requests wait
+                if self._free_bytes:
+                    logger.warning("kvcached: no memory is granted for now: %s", error)
+                self._free_bytes = 0
+        return self._free_bytes
 
 
 class Shares:
@@ -38,7 +116,7 @@ class Shares:
 
     def reserve(self, wanted_bytes: int, unit_bytes: int) -> int:
         granted = wanted_bytes
-        free = NO_LIMIT if self._free_bytes is None else self._free_bytes()
+        free = self._driver_has()
         for index, (account, ranks) in enumerate(self._accounts):
             given = self._ask(account, granted * ranks, unit_bytes * ranks, free) // ranks
             for earlier, of in self._accounts[:index]:
@@ -48,9 +126,18 @@ class Shares:
             self.counters.refusals += 1
         return granted
 
-    def commit(self, granted_bytes: int, used_bytes: int) -> None:
+    def room_bytes(self) -> int:
+        """What each worker would be granted now. Grants nothing: an estimate, for others reserve
+        too."""
+        try:
+            return max(0, min(self._room_of(account) // ranks for account, ranks in self._accounts))
+        except LedgerError as error:
+            self._complain(error)
+            return 0
+
+    def commit(self, granted_bytes: int, used_bytes: int, extents: int = 1) -> None:
         if used_bytes:
-            self.counters.commits += 1
+            self.counters.commits += extents
         for account, ranks in self._accounts:
             account.commit(granted_bytes * ranks, used_bytes * ranks)
 
@@ -75,6 +162,11 @@ class Shares:
                 ages=spending.ages,
                 counters=self.counters,
             )
+
+    def fix(self, fixed_bytes: int) -> None:
+        """Tell the others what weights and activations of each worker take, for good."""
+        for account, ranks in self._accounts:
+            account.fix(fixed_bytes * ranks)
 
     def others_wait(self) -> bool:
         """Whether another engine needs memory that it does not get."""
@@ -122,6 +214,11 @@ class Shares:
         """How often we were asked to give back all that we can spare."""
         return sum(account.terms.trims for account, _ in self._accounts)
 
+    @property
+    def rings(self) -> int:
+        """A number that changes when somebody needs us to look."""
+        return self._accounts[0][0].rings
+
     def wait_for_bell(self, heard: int, timeout_s: float) -> int:
         """Wait until somebody needs us to look, as ``Account.wait_for_bell`` does."""
         return self._accounts[0][0].wait_for_bell(heard, timeout_s)
@@ -129,6 +226,18 @@ class Shares:
     def limit_bytes(self) -> int:
         """What each worker could have if no other engine were there."""
         return min(account.limit_bytes // ranks for account, ranks in self._accounts)
+
+    def _driver_has(self) -> int:
+        return NO_LIMIT if self._free_bytes is None else self._free_bytes()
+
+    def _room_of(self, account: Account) -> int:
+        view = account.view()
+        own = [each for each in view.accounts if each.slot == account.slot]
+        return min(
+            view.free_bytes + sum(max(0, each.minimum_bytes - each.used_bytes) for each in own),
+            account.limit_bytes - sum(each.used_bytes for each in own),
+            self._driver_has() - sum(each.reserved_bytes for each in view.accounts),
+        )
 
     def _ask(self, account: Account, wanted: int, unit: int, free: int) -> int:
         """A ledger that can no longer be trusted grants nothing: requests wait, nothing crashes."""

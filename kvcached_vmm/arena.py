@@ -40,6 +40,11 @@ class Arena:
         return self._footprint.bytes + self.kept_bytes
 
     @property
+    def needed_bytes(self) -> int:
+        """Bytes of the extents that have memory, and of nothing else."""
+        return self._footprint.bytes
+
+    @property
     def kept_bytes(self) -> int:
         """Bytes that the driver refused to take back so far."""
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,10 +164,29 @@ def test_no_engine_at_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert states(found, "vllm", "sglang", "engines") == [NOTE, NOTE, FAIL]
 
 
-def test_a_plugin_that_vllm_would_not_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("engine", "title"), [("vllm", "vLLM"), ("sglang", "SGLang")])
+def test_a_plugin_that_its_engine_would_not_load(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, engine: str, title: str
+) -> None:
+    def installed(asked: str) -> tuple[Path, str]:
+        if asked != engine:
+            raise ContractError(f"{asked} is not installed")
+        return Path("/nowhere"), "9.9.0"
+
+    def entry_points(group: str) -> tuple[SimpleNamespace, ...]:
+        return (SimpleNamespace(name="kvcached"),) if group.startswith(engine) else ()
+
+    subject, variable = f"{title} plugin", f"{engine.upper()}_PLUGINS"
+    monkeypatch.setattr(contract, "installed", installed)
+    monkeypatch.setattr(doctor.metadata, "entry_points", entry_points)
+    found = findings(folder)
+    assert found[subject].state == OK
+    assert {"vLLM plugin", "SGLang plugin"} & found.keys() == {subject}
+    assert findings(folder, **{variable: "lora, kvcached"})[subject].state == OK
+    assert findings(folder, **{variable: "lora"})[subject].found.startswith(f"{variable}=lora")
     monkeypatch.setattr(doctor.metadata, "entry_points", lambda group: ())
-    found = findings(folder)["vLLM plugin"]
-    assert (found.state, "not registered" in found.found) == (FAIL, True)
+    lost = findings(folder)[subject]
+    assert (lost.state, "not registered" in lost.found) == (FAIL, True)
 
 
 def test_a_plugin_of_others_that_cannot_be_loaded(

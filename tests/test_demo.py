@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kvcached_plugins.demo import profiles
+from kvcached_plugins.demo import engines
+from kvcached_plugins.demo.engines import SGLANG, SGLANG_CPU, VLLM, VLLM_CPU, Engine, Metrics
 from kvcached_plugins.demo.load import (
     Burst,
     Playback,
@@ -19,12 +20,11 @@ from kvcached_plugins.demo.load import (
 )
 from kvcached_plugins.demo.models import TINY, Shape
 from kvcached_plugins.demo.picture import caption
-from kvcached_plugins.demo.profiles import GPU, HOST, Profile, installed_profile
+from kvcached_plugins.demo.profiles import GPU, HOST, PROFILES, Profile, installed_profile
 from kvcached_plugins.demo.report import as_json, comparison, figures
 from kvcached_plugins.demo.sampler import (
     EngineSample,
     Memory,
-    Metrics,
     Sample,
     elastic_memory,
     static_memory,
@@ -36,7 +36,7 @@ from kvcached_vmm.errors import EngineUnsupported
 from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.units import GIB, MIB
 
-METRICS = """\
+VLLM_METRICS = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{engine="0",model_name="demo"} 7.0
@@ -48,9 +48,20 @@ vllm:num_preemptions_created{engine="0",model_name="demo"} 1.76e+09
 vllm:cache_config_info{block_size="16",cache_dtype="auto",engine="0",num_gpu_blocks="1000"} 1.0
 """
 
+SGLANG_METRICS = """\
+# HELP sglang:num_running_reqs The number of running requests.
+sglang:num_running_reqs{engine_type="unified",model_name="demo",tp_rank="0"} 7.0
+sglang:num_running_reqs_offline_batch{engine_type="unified",model_name="demo"} 9.0
+sglang:num_queue_reqs{engine_type="unified",model_name="demo",tp_rank="0"} 3.0
+sglang:token_usage{engine_type="unified",model_name="demo",tp_rank="0"} 0.25
+sglang:num_retracted_reqs{engine_type="unified",model_name="demo",tp_rank="0"} 1.0
+sglang:num_retracted_requests_total{engine_type="unified",model_name="demo"} 1.2e+01
+sglang:max_total_num_tokens{engine_type="unified",model_name="demo"} 16000.0
+"""
+
 
 def server(name: str) -> Server:
-    return Server(name, "http://127.0.0.1:1", None, Path("log"))  # type: ignore[arg-type]
+    return Server(name, "http://127.0.0.1:1", None, Path("log"), VLLM_CPU)  # type: ignore[arg-type]
 
 
 def reply(burst: int, first_s: float, done_s: float, due_s: float = 2.0) -> Reply:
@@ -74,21 +85,27 @@ def outcome() -> Outcome:
     )
 
 
-def test_metrics_are_read_by_their_whole_names() -> None:
-    assert Metrics.parse(METRICS) == Metrics(
-        running=7, waiting=3, preemptions=12, kv_usage=0.25, blocks=1000, block_tokens=16
+@pytest.mark.parametrize(
+    ("engine", "text"),
+    [(VLLM, VLLM_METRICS), (VLLM_CPU, VLLM_METRICS), (SGLANG_CPU, SGLANG_METRICS)],
+    ids=["vllm", "vllm-cpu", "sglang"],
+)
+def test_metrics_are_read_by_their_whole_names(engine: Engine, text: str) -> None:
+    assert engine.metrics(text) == Metrics(
+        running=7, waiting=3, preemptions=12, kv_usage=0.25, pool_tokens=16_000
     )
 
 
-def test_metrics_that_are_not_there_are_zero() -> None:
-    assert Metrics.parse("") == Metrics()
+@pytest.mark.parametrize("engine", [VLLM, SGLANG], ids=["vllm", "sglang"])
+def test_metrics_that_are_not_there_are_zero(engine: Engine) -> None:
+    assert engine.metrics("") == Metrics()
     text = 'vllm:cache_config_info{block_size="None",num_gpu_blocks="12"} 1.0'
-    assert Metrics.parse(text) == Metrics(blocks=12)
+    assert engine.metrics(text) == Metrics()
 
 
 def test_a_static_engine_holds_its_whole_pool() -> None:
     read = static_memory(kv_bytes_per_token=10)
-    found = read([server("A")], [Metrics(blocks=1000, block_tokens=16, kv_usage=0.25)])
+    found = read([server("A")], [Metrics(pool_tokens=16_000, kv_usage=0.25)])
     assert found == [Memory(160_000, 40_000, 0)]
 
 
@@ -107,7 +124,11 @@ def test_elastic_memory_is_what_the_ledger_says_of_each_name(folder: Path) -> No
     assert read(servers, []) == [Memory(0, 0, 0)] * 3
 
 
-@pytest.mark.parametrize("profile", [HOST, GPU], ids=["host", "gpu"])
+EVERY = [profile for profiles in PROFILES.values() for profile in profiles]
+every_profile = pytest.mark.parametrize("profile", EVERY, ids=lambda each: each.engine.device)
+
+
+@every_profile
 def test_a_burst_fits_one_engine_with_the_budget_and_not_one_with_half(profile: Profile) -> None:
     budget = profile.budget_bytes
     for burst in profile.bursts(budget, seconds=60):
@@ -115,7 +136,7 @@ def test_a_burst_fits_one_engine_with_the_budget_and_not_one_with_half(profile: 
         tokens = sum(len(request.prompt) + request.output_tokens for request in requests)
         assert budget / 2 < tokens * profile.shape.kv_bytes_per_token < budget
         longest = max(len(request.prompt) + request.output_tokens for request in requests)
-        assert longest <= profiles.LONGEST_TOKENS
+        assert longest <= engines.LONGEST_TOKENS
     assert profile.smallest_budget_bytes <= budget
 
 
@@ -151,7 +172,9 @@ def test_the_usage_record_ends_a_stream() -> None:
     assert _completion_tokens(b"") == 0
 
 
-def test_the_profile_is_that_of_the_installed_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_profile_is_that_of_the_installed_engine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     installed: set[str] = set()
 
     def version(name: str) -> str:
@@ -160,12 +183,18 @@ def test_the_profile_is_that_of_the_installed_engine(monkeypatch: pytest.MonkeyP
         return "0.32.0"
 
     monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(engines, "NVIDIA", tmp_path / "no driver")
     with pytest.raises(EngineUnsupported, match="No vLLM in this environment"):
-        installed_profile()
-    installed.add("vllm")
-    assert installed_profile() is GPU
+        installed_profile("vllm")
+    with pytest.raises(EngineUnsupported, match=r"No SGLang in this.*ENGINE=sglang"):
+        installed_profile("sglang")
+    installed |= {"vllm", "sglang"}
+    assert installed_profile("vllm") is GPU
+    assert installed_profile("sglang").engine is SGLANG_CPU
     installed.add("vllm-cpu")
-    assert installed_profile() is HOST
+    assert installed_profile("vllm") is HOST
+    monkeypatch.setattr(engines, "NVIDIA", tmp_path)
+    assert installed_profile("sglang").engine is SGLANG
 
 
 def test_figures_are_counted_from_when_a_burst_was_due() -> None:
@@ -217,20 +246,31 @@ def test_everything_measured_is_in_the_json() -> None:
     assert found["elastic"]["samples"][0] == [0, *([8 * MIB, 0, 0, 0, 0] for _ in range(2))]
 
 
-def test_both_modes_start_stock_engines_with_the_memory_that_is_theirs(tmp_path: Path) -> None:
-    models = [tmp_path / "A", tmp_path / "B"]
-    ours = elastic(HOST, models, 256 * MIB, tmp_path / "ledger")
-    theirs = static(HOST, models, 256 * MIB + 3)
+@every_profile
+def test_both_modes_start_stock_engines_with_the_memory_that_is_theirs(
+    profile: Profile, tmp_path: Path
+) -> None:
+    models, budget = [tmp_path / "A", tmp_path / "B"], profile.budget_bytes
+    ours = elastic(profile, models, budget, tmp_path / "ledger")
+    theirs = static(profile, models, budget + 3)
+    half = {
+        "vllm": ["--kv-cache-memory-bytes", str(budget // 2)],
+        "sglang": ["--max-total-tokens", str(budget // 2 // profile.shape.kv_bytes_per_token)],
+    }[profile.engine.name]
     for spec in ours.specs:
         assert spec.env["ENABLE_KVCACHED"] == "1"
-        assert spec.env["KVCACHED_BUDGET"] == str(256 * MIB)
+        assert spec.env["KVCACHED_BUDGET"] == str(budget)
         assert spec.env["KVCACHED_NAME"] == spec.name
+        assert half[0] not in spec.arguments
     for spec in theirs.specs:
         assert spec.env["ENABLE_KVCACHED"] == "0"
-        assert spec.arguments[-2:] == ["--kv-cache-memory-bytes", str(128 * MIB)]
+        assert spec.arguments[-2:] == half
+        assert spec.arguments[:-2] == list(profile.engine.arguments)
     every: list[ServerSpec] = [*ours.specs, *theirs.specs]
     assert len({spec.name for spec in every}) == 4
     assert all("--load-format" in spec.arguments for spec in every)
+    for spec in every:
+        assert spec.engine.command(spec.model)[-1] == str(spec.model)
 
 
 def test_a_dead_engine_is_explained_by_its_first_error(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("KVCACHED_DIR", str(folder))
     monkeypatch.setenv("VLLM_PLUGINS", "kvcached,kvcached_endpoint")
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    monkeypatch.setattr(endpoint, "OwnEngines", lambda arguments: _is_own)
+    monkeypatch.setattr(endpoint, "own_engines", lambda arguments: _is_own)
 
 
 @pytest.fixture

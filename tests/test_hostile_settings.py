@@ -99,7 +99,7 @@ def account(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Account]:
     monkeypatch.setenv("KVCACHED_DIR", str(folder))
     monkeypatch.setenv("VLLM_PLUGINS", "kvcached,kvcached_endpoint")
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    monkeypatch.setattr("kvcached_plugins.vllm.endpoint.OwnEngines", lambda _: lambda _: True)
+    monkeypatch.setattr("kvcached_plugins.vllm.endpoint.own_engines", lambda _: lambda _: True)
     ledger = Ledger.open(folder, "host")
     yield ledger.join("own", 100 * MIB, minimum_bytes=MIB)
     ledger.close()

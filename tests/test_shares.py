@@ -59,6 +59,32 @@ def test_what_the_driver_has_free_bounds_a_grant(accounts: dict[str, Account]) -
     assert shares.reserve(64 * MIB, 8 * MIB) == 16 * MIB
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("free_mib", [10, 500])
+@pytest.mark.parametrize("taken_mib", [0, 30, 95])
+def test_room_is_what_would_be_granted_and_takes_nothing(
+    tmp_path: Path, ranks: int, free_mib: int, taken_mib: int
+) -> None:
+    """Beside a neighbour, with a guarantee and a maximum, and with memory that is there already."""
+    folder = tmp_path / "ledgers"
+    account = Ledger.open(folder, "GPU-a").join(
+        "engine", 100 * MIB, minimum_bytes=20 * MIB, maximum_bytes=60 * MIB
+    )
+    neighbour = Ledger.open(folder, "GPU-a").join("neighbour", None)
+    neighbour.reserve(taken_mib * MIB, MIB)
+    shares = Shares([(account, ranks)], free_bytes=lambda: (taken_mib + free_mib) * MIB)
+    shares.commit(shares.reserve(4 * MIB, MIB), 4 * MIB)
+    before = account.view().used_bytes
+
+    room = shares.room_bytes() // MIB * MIB
+
+    assert account.view().used_bytes == before
+    assert shares.reserve(1000 * MIB, MIB) == room > 0
+    assert shares.room_bytes() // MIB == 0
+    neighbour.close()
+    account.close()
+
+
 def test_commit_and_release_reach_every_device(accounts: dict[str, Account]) -> None:
     shares = Shares([(accounts["GPU-a"], 2), (accounts["GPU-b"], 1)])
     shares.reserve(16 * MIB, 8 * MIB)
@@ -104,4 +130,5 @@ def test_a_damaged_ledger_grants_nothing_and_raises_nothing(
         raw.write(b"\xff" * 16)
     neighbour.fix(2)
     assert shares.reserve(8 * MIB, MIB) == 0
+    assert shares.room_bytes() == 0
     neighbour.close()

@@ -16,7 +16,7 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from kvcached_plugins.vllm import metrics
-from kvcached_plugins.vllm.server import OwnEngines
+from kvcached_plugins.vllm.server import own_engines
 from kvcached_vmm.account import Account
 from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.records import AccountView
@@ -47,7 +47,7 @@ def view(account: Account) -> AccountView:
 
 
 def test_an_engine_is_ours_in_this_process_or_below_it(view: AccountView) -> None:
-    mine = OwnEngines(ONE)
+    mine = own_engines(ONE)
     assert mine(view)
     with subprocess.Popen(
         [sys.executable, "-c", STARTS_ANOTHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -57,13 +57,13 @@ def test_an_engine_is_ours_in_this_process_or_below_it(view: AccountView) -> Non
         assert mine(dataclasses.replace(view, pid=child.pid))
         assert mine(dataclasses.replace(view, pid=grandchild))
         child.communicate()
-    assert not OwnEngines(ONE)(dataclasses.replace(view, pid=grandchild))
+    assert not own_engines(ONE)(dataclasses.replace(view, pid=grandchild))
 
 
 def test_a_process_is_looked_up_once_and_a_later_one_of_its_number_again(
     monkeypatch: pytest.MonkeyPatch, view: AccountView
 ) -> None:
-    mine = OwnEngines(ONE)
+    mine = own_engines(ONE)
     assert mine(view)
     monkeypatch.setattr(mine, "_is_below", lambda pid: False)
     assert mine(view)
@@ -71,7 +71,7 @@ def test_a_process_is_looked_up_once_and_a_later_one_of_its_number_again(
 
 
 def test_what_is_above_or_elsewhere_is_not_ours(view: AccountView) -> None:
-    mine = OwnEngines(ONE)
+    mine = own_engines(ONE)
     assert not mine(dataclasses.replace(view, pid=os.getppid()))
     assert not mine(dataclasses.replace(view, pid=1))
     assert not mine(dataclasses.replace(view, namespace=view.namespace + 1))
@@ -82,12 +82,12 @@ def test_one_of_several_api_servers_shares_what_its_parent_started(
 ) -> None:
     parent = types.SimpleNamespace(pid=os.getppid())
     monkeypatch.setattr("multiprocessing.parent_process", lambda: parent)
-    assert OwnEngines(TWO).root_pid == os.getppid()
-    assert OwnEngines(TWO)(dataclasses.replace(view, pid=os.getppid()))
-    assert OwnEngines(ONE).root_pid == os.getpid()
-    assert OwnEngines(None).root_pid == os.getpid()
+    assert own_engines(TWO).root_pid == os.getppid()
+    assert own_engines(TWO)(dataclasses.replace(view, pid=os.getppid()))
+    assert own_engines(ONE).root_pid == os.getpid()
+    assert own_engines(None).root_pid == os.getpid()
     monkeypatch.setattr("multiprocessing.parent_process", lambda: None)
-    assert OwnEngines(TWO).root_pid == os.getpid()
+    assert own_engines(TWO).root_pid == os.getpid()
 
 
 @pytest.fixture

@@ -18,10 +18,11 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 import torch
 
 from kvcached_plugins.settings import Settings
+from kvcached_plugins.shares import FreeBytes
 from kvcached_plugins.vllm import memory
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan
 from kvcached_plugins.vllm.memory import WorkerMemory
-from kvcached_plugins.vllm.steward import Steward, _Recent
+from kvcached_plugins.vllm.steward import Steward
 from kvcached_vmm.errors import DriverError
 from kvcached_vmm.host_driver import HostDriver
 from kvcached_vmm.ledger import Ledger
@@ -37,7 +38,7 @@ def worker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
     """A worker with blocks and extents of a page each, when start-up is over."""
     driver = FaultyDriver(HostDriver(64 * MIB, granularity=PAGE))
     monkeypatch.setattr(memory, "device_driver", lambda _: driver)
-    monkeypatch.setattr("kvcached_plugins.vllm.leftovers.RETRY_SECONDS", 0.02)
+    monkeypatch.setattr("kvcached_plugins.leftovers.RETRY_SECONDS", 0.02)
     made = make(folder)
     made.start()
     yield made, driver
@@ -227,9 +228,9 @@ def test_an_engine_that_ends_while_the_driver_fails_does_not_fail(worker: Worker
 def test_when_free_memory_cannot_be_asked_for_none_is_granted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("kvcached_plugins.vllm.steward.FRESH_SECONDS", 0.0)
+    monkeypatch.setattr("kvcached_plugins.shares.FRESH_SECONDS", 0.0)
     driver = HostDriver(PAGE)
-    free = _Recent(driver)
+    free = FreeBytes(driver)
     assert free() == PAGE
 
     def fails(_: object) -> None:

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.machinery
+import importlib.util
 import json
 import os
 import random
+import sys
+from pathlib import Path
 from typing import Any
 
 KINDS = ("create", "map", "allow", "unmap", "release", "memory", "reserve")
@@ -85,5 +89,17 @@ def install(folder: str) -> None:
     HostDriver.memory = memory  # type: ignore[method-assign]
 
 
+def run_the_next() -> None:
+    """Python runs one ``sitecustomize`` only: run the one that this one hides, if there is one."""
+    here = str(Path(__file__).parent)
+    others = [entry for entry in sys.path if Path(entry) != Path(here)]
+    found = importlib.machinery.PathFinder.find_spec("sitecustomize", others)
+    if found is not None and found.loader is not None:
+        module = importlib.util.module_from_spec(found)
+        sys.modules["sitecustomize_of_others"] = module
+        found.loader.exec_module(module)
+
+
+run_the_next()
 if os.environ.get("KVC_TEST_FAULTS"):
     install(os.environ["KVC_TEST_FAULTS"])

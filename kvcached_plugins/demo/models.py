@@ -21,11 +21,13 @@ class Shape(NamedTuple):
     kv_heads: int
     head_dim: int
     vocabulary: int = VOCABULARY
+    value_bytes: int = 2
+    """Of a number in the KV cache: 2 in bfloat16, 4 in float32."""
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of KV cache that one token takes in bfloat16."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * 2
+        """Bytes of KV cache that one token takes."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.value_bytes
 
 
 TINY = Shape(layers=4, hidden=256, intermediate=512, heads=4, kv_heads=2, head_dim=64)

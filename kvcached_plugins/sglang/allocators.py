@@ -107,6 +107,11 @@ class ElasticPages:
         self._note_freed()
         return self._freed
 
+    @property
+    def looking(self) -> bool:
+        """Whether ``sort`` has begun to find something out that ``find`` has not taken up yet."""
+        return self._look is not None
+
     def find(self, now: float, wait: bool = False) -> None:
         """Take up what ``sort`` found out, if it has; with ``wait``, when it has."""
         if self._look is None or self.memory is None:

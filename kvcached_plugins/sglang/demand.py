@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
+
+QUEUE_LOOK = 256
+"""How many waiting requests are looked at to tell what is wanted."""
+
+
+def pages_of(request: Any, page_size: int) -> int:
+    """Pages that hold the tokens that a request has so far."""
+    return -(-(len(request.origin_input_ids) + len(request.output_ids)) // page_size)
+
+
+def uncached_pages(request: Any, page_size: int) -> int:
+    """Pages that a request needs beyond the prefix that SGLang has found for it, which has its
+    memory already."""
+    has_length = hasattr(request, "prefix_len")  # since 0.5.22
+    found = request.prefix_len if has_length else len(request.prefix_indices)
+    return pages_of(request, page_size) - found // page_size
+
+
+def queued_pages(scheduler: Any, page_size: int) -> int:
+    """What the requests need that wait and could run beside the others."""
+    running = int(scheduler.running_batch.batch_size())
+    room = min(int(scheduler.max_running_requests) - running, QUEUE_LOOK)
+    waiting = itertools.islice(scheduler.waiting_queue, max(0, room))
+    return sum(pages_of(request, page_size) for request in waiting)
 
 
 def demand_pages(scheduler: Any, page_size: int) -> int:

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.managers.schedule_policy import AddReqResult
+
 from kvcached_plugins.refusal import Refusal, expect_refusals, wait_for_engine_startup
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.sglang import pools
@@ -72,6 +74,15 @@ def get_next_batch_to_run(
     batch = original(scheduler, *args, **kwargs)
     steward.end_round()
     return batch
+
+
+def add_one_req(original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kw: Any) -> Any:
+    """A request that would take the engine beyond its limit, or beyond its fair share while others
+    wait, is told that there are no tokens left for it: it waits."""
+    steward = _steward_of_parts(adder)
+    if steward is not None and not steward.admits(req, adder.log_input_tokens):
+        return AddReqResult.NO_TOKEN
+    return original(adder, req, *args, **kw)
 
 
 def run_batch(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:

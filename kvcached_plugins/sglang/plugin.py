@@ -37,6 +37,7 @@ _CACHE = "sglang.srt.mem_cache"
 
 FIRST_PROCESS_HOOKS = (
     Hook("sglang.srt.entrypoints.engine.Engine._launch_subprocesses", "engine:launch_subprocesses"),
+    Hook("sglang.srt.utils.common.add_prometheus_middleware", "metrics:add_prometheus_middleware"),
 )
 """Applied in the process that the user started, which makes the others."""
 
@@ -66,6 +67,7 @@ HOOKS = (
     ),
     Hook(f"{_SCHEDULER}.__init__", "engine:scheduler_init"),
     Hook(f"{_SCHEDULER}.get_next_batch_to_run", "engine:get_next_batch_to_run"),
+    Hook(f"{_MANAGERS}.schedule_policy.PrefillAdder.add_one_req", "engine:add_one_req"),
     Hook(f"{_SCHEDULER}.run_batch", "engine:run_batch"),
     Hook(f"{_SCHEDULER}.flush_cache", "engine:flush_cache"),
     Hook(f"{_SCHEDULER}.get_internal_state", "engine:get_internal_state"),
@@ -162,5 +164,6 @@ def _check() -> str:
     except KVCachedError as error:
         raise Refusal(str(error)) from error
     logging.getLogger("sglang.kvcached").setLevel(read.log_level)
-    logging.getLogger("kvcached_vmm").parent = logging.getLogger("sglang.kvcached")
+    for name in ("kvcached", "kvcached_vmm"):
+        logging.getLogger(name).parent = logging.getLogger("sglang.kvcached")
     return manifest.version

@@ -12,10 +12,9 @@ import torch
 from kvcached_plugins.refusal import Refusal
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.sglang.allocators import ATTRIBUTE
-from kvcached_plugins.sglang.budget import ExtentBudget
 from kvcached_plugins.sglang.memory import PoolMemory
+from kvcached_plugins.shares import FreeBytes, Shares, default_budget, join, join_beside
 from kvcached_vmm.arena import Arena
-from kvcached_vmm.driver import Driver
 from kvcached_vmm.errors import EngineUnsupported, KVCachedError
 from kvcached_vmm.extents import EXTENT_BYTES, ExtentMap, Region, blocks_per_extent
 from kvcached_vmm.tensors import arena_tensor, device_driver
@@ -23,11 +22,6 @@ from kvcached_vmm.units import ceil_to, format_size
 
 EXTENTS_PER_BUDGET = 64
 """A small budget gets small extents, so that an idle engine never holds much of it."""
-
-GPU_SHARE = 0.92
-"""Of a GPU's memory, what engines share if nobody says; the rest is for fragmentation and for what
-no profile sees."""
-
 
 engine_name = "sglang"
 """What the engine that starts in this process is called, unless the user named it."""
@@ -173,24 +167,30 @@ def _memory(pool: Any, asked: list[Buffer]) -> PoolMemory:
         places, driver.granularity, ceil_to(max(target, 1), driver.granularity)
     )
     extents = ExtentMap(num_blocks, places, driver.granularity, min(span, num_blocks))
-    budget = ExtentBudget.join(
+    name, budget = account_name(settings.name or engine_name), default_budget(driver)
+    account = join(
         settings,
+        name,
         driver.device,
-        account_name(settings.name or engine_name),
-        default_budget(device, driver),
-        extents.largest_bytes,
-        extents.size_bytes,
-        lambda: driver.memory().free_bytes,
+        engine="sglang",
+        default_budget_bytes=budget,
+        arena_bytes=extents.size_bytes,
     )
-    limit = budget.limit_bytes
+    limit = account.limit_bytes
     if limit < extents.largest_bytes:
-        budget.close()
+        account.close()
         raise EngineUnsupported(
             f"This engine may use {format_size(limit)} for its KV cache, which is "
             f"less than one extent of {format_size(extents.largest_bytes)}; raise KVCACHED_BUDGET "
             "or KVCACHED_MAX, or unset ENABLE_KVCACHED."
         )
-    return PoolMemory(Arena(driver, extents), budget, device)
+    return PoolMemory(
+        Arena(driver, extents),
+        Shares([(account, 1)], FreeBytes(driver)),
+        device,
+        name,
+        lambda: join_beside(settings, name, "not given back", driver.device, budget),
+    )
 
 
 def account_name(engine: str) -> str:
@@ -202,12 +202,6 @@ def account_name(engine: str) -> str:
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         return engine
     return f"{engine} rank {parallel_state.get_tensor_model_parallel_rank()}"
-
-
-def default_budget(device: torch.device, driver: Driver) -> int:
-    """What engines share if nobody says: most of the GPU, or half of the host's memory."""
-    total = driver.memory().total_bytes
-    return int(total * GPU_SHARE) if device.type == "cuda" else total // 2
 
 
 def _check_placed(pool: Any, arena: Arena) -> None:

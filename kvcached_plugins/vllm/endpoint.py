@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from kvcached_plugins import OFF, TOGGLE, limits
 from kvcached_plugins.limits import NONE, BadLimit, Change
 from kvcached_plugins.settings import Settings
-from kvcached_plugins.vllm.server import OwnEngines, Server
+from kvcached_plugins.vllm.server import Server, own_engines
 from kvcached_vmm.errors import KVCachedError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Endpoint:
         """Learn the server's keys and its engines, before it answers anybody."""
         keys = args.api_key or [os.environ.get("VLLM_API_KEY")]
         self._keys = [_digest(key) for key in keys if key]
-        self._server = Server(Settings.read().directory, OwnEngines(args))
+        self._server = Server(Settings.read().directory, own_engines(args))
 
     async def _show(self, request: Request) -> Response:
         from starlette.concurrency import run_in_threadpool

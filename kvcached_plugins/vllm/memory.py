@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -13,28 +10,18 @@ from typing import Any
 
 import torch
 
-from kvcached_plugins.refusal import Refusal
+from kvcached_plugins.backing import Backing
 from kvcached_plugins.settings import Settings
+from kvcached_plugins.shares import default_budget, join_beside
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan, extent_map
-from kvcached_plugins.vllm.leftovers import Leftovers
 from kvcached_vmm.account import Account
 from kvcached_vmm.arena import Arena
-from kvcached_vmm.driver import Driver
 from kvcached_vmm.errors import DriverError
 from kvcached_vmm.extents import Footprint
 from kvcached_vmm.fence import Mark, Passed, Quarantine
-from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.poison import PoisonedArena
 from kvcached_vmm.tensors import StreamMarks, arena_tensor, device_driver, filler
 from kvcached_vmm.units import format_size
-
-logger = logging.getLogger("vllm.kvcached")
-
-GPU_SHARE = 0.92
-"""vLLM's own default: what is left is for fragmentation and for what no profile sees."""
-
-PATIENCE_SECONDS = 60.0
-"""How long a step waits for memory that the ledger granted and the driver does not have."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +63,9 @@ class WorkerMemory:
         self.device: torch.device = worker.device
         self.driver = device_driver(self.device)
         self.fixed_bytes = int(getattr(worker, "kvcached_fixed_bytes", 0))
-        self.default_budget_bytes = default_budget(worker, self.driver)
+        on_gpu = self.device.type == "cuda"
+        share = worker.cache_config.gpu_memory_utilization if on_gpu else 0.0
+        self.default_budget_bytes = default_budget(self.driver, share)
         extents = extent_map(kv_cache_config, plan, self.driver.granularity)
         self._poisoned: PoisonedArena | None = None
         if settings.poison is not None:
@@ -84,19 +73,21 @@ class WorkerMemory:
                 self.driver, extents, settings.poison, filler(self.device)
             )
         self.arena = self._poisoned or Arena(self.driver, extents)
-        self._lock = threading.RLock()
         self._mark: Callable[[], Mark] = (
             StreamMarks(self.device) if self.device.type == "cuda" else Passed
         )
         self._quarantine = Quarantine(self._mark)
         self._last_mark: Mark | None = None
         self._ordered_step = self._launched_step = self._done_step = 0
-        self.driver_seconds = 0.0
         self._settings = settings
-        self._leftovers = Leftovers(self.arena, self._lock, lambda: self._join("not given back"))
+        self._backing = Backing(self.arena, lambda: self._join("not given back"))
         self._starting: Account | None = self._join("starting")
-        with self._using_the_arena():
-            self._commit({0})
+        self._commit({0})
+
+    @property
+    def driver_seconds(self) -> float:
+        """How long driver calls have taken so far."""
+        return self._backing.driver_seconds
 
     def tensor(self, size_bytes: int) -> torch.Tensor:
         """The buffer that vLLM lays its layers out in."""
@@ -105,7 +96,7 @@ class WorkerMemory:
     def before_step(self, scheduler_output: Any) -> None:
         """Make resident every block that the step names, and note what it gives back."""
         orders: Orders | None = getattr(scheduler_output, ATTRIBUTE, None)
-        with self._using_the_arena():
+        with self._backing.in_use():
             missing = self.arena.missing(chain.from_iterable(named_blocks(scheduler_output)))
             if missing:
                 self._commit(missing)
@@ -120,19 +111,18 @@ class WorkerMemory:
         orders: Orders | None = getattr(scheduler_output, ATTRIBUTE, None)
         if orders is None:
             return
-        with self._using_the_arena():
+        with self._backing.in_use():
             self._launched_step = orders.step
             self._last_mark = self._mark()
-            self._release(overdue_step=orders.step - 1)
+            self._backing.release(self._quarantine.take(orders.step - 1))
             if orders.commit:
-                with contextlib.suppress(DriverError), self._timed():
-                    self.arena.commit(orders.commit)
+                self._backing.commit_if_possible(orders.commit)
 
     def obey(self, orders: Orders) -> Progress:
         """The engine takes no steps: release what is quiet, without waiting for the device."""
-        with self._using_the_arena():
+        with self._backing.in_use():
             self._quarantine.put(orders.step, orders.release)
-            self._release(overdue_step=0)
+            self._backing.release(self._quarantine.take(0))
             if self._last_mark is not None and self._last_mark.query():
                 self._done_step, self._last_mark = self._launched_step, None
             return Progress(self._done_step, len(self._quarantine), self.driver_seconds)
@@ -143,18 +133,18 @@ class WorkerMemory:
         Args:
             release: carry out now what can be, without waiting for the device.
         """
-        with self._using_the_arena():
+        with self._backing.in_use():
             if release:
-                self._release(overdue_step=0)
+                self._backing.release(self._quarantine.take(0))
             waiting = self._quarantine.oldest_step
             after = self._ordered_step + 1
             return after if waiting is None else min(waiting, after)
 
     def start(self) -> WorkerReport:
         """Start-up is over: keep the first extent only, and leave the accounts to the engine."""
-        with self._using_the_arena():
+        with self._backing.in_use():
             self._mark().synchronize()
-            self.arena.decommit(self.arena.committed - {0})
+            self._backing.release(self.arena.committed - {0})
             if self._starting is not None:
                 self._starting.close()
                 self._starting = None
@@ -167,84 +157,27 @@ class WorkerMemory:
 
     def sleep(self) -> None:
         """Give everything back; only ``wake`` may follow."""
-        with self._using_the_arena():
+        with self._backing.in_use():
             self._mark().synchronize()
-            self._release(overdue_step=1 << 62)
-            self.arena.decommit(self.arena.committed)
+            self._backing.release([*self._quarantine.take(1 << 62), *self.arena.committed])
 
     def close(self) -> None:
         """The engine is gone: give the addresses back too."""
-        with self._using_the_arena():
+        with self._backing.in_use():
             self.sleep()
             with contextlib.suppress(DriverError):  # what it keeps is tried again
                 self.arena.close()
 
     def wake(self) -> None:
         """Back the first extent with memory again."""
-        with self._using_the_arena():
-            self._commit({0})
+        self._commit({0})
 
     def _join(self, as_what: str) -> Account:
-        return Ledger.open(self._settings.directory, self.driver.device).join(
-            f"{self._settings.name or 'vllm'} ({as_what})",
-            self._settings.budget_bytes,
-            default_budget_bytes=self.default_budget_bytes,
-        )
-
-    @contextlib.contextmanager
-    def _using_the_arena(self) -> Iterator[None]:
-        with self._lock:
-            try:
-                yield
-            finally:
-                self._leftovers.look()
-
-    @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.driver_seconds += time.perf_counter() - began
-
-    def _release(self, overdue_step: int) -> None:
-        quiet = self._quarantine.take(overdue_step)
-        if quiet:
-            with self._timed():
-                self.arena.decommit(quiet)
+        name, device = self._settings.name or "vllm", self.driver.device
+        return join_beside(self._settings, name, as_what, device, self.default_budget_bytes)
 
     def _commit(self, extents: set[int]) -> None:
-        """Commit, waiting for memory that others hold; the process ends if none comes.
-
-        All at once, or else one after the other: what has been had is kept.
-        """
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        pause, complained, accounted = 0.001, False, False
-        parts = [extents]
-        while True:
-            try:
-                if not accounted:
-                    self._account_for(extents)
-                    accounted = True
-                with self._timed():
-                    for part in parts:
-                        self.arena.commit(part)
-                return
-            except DriverError as error:
-                self._leftovers.look()
-                parts = [{extent} for extent in sorted(extents)]
-                if time.monotonic() > deadline:
-                    # vLLM only logs an exception of a worker whose output nobody reads, and the
-                    # others would wait for it for ever: end the process.
-                    raise Refusal(
-                        f"no memory for the KV cache came in {PATIENCE_SECONDS:.0f} s ({error}) "
-                        "Stop another program on this device, or lower its share."
-                    ) from error
-                if not complained:
-                    logger.warning("kvcached: waiting for memory for the KV cache: %s", error)
-                    complained = True
-            time.sleep(pause)
-            pause = min(pause * 2, 0.1)
+        self._backing.commit(extents, lambda: self._account_for(extents))
 
     def _account_for(self, extents: Iterable[int]) -> None:
         if self._starting is None:
@@ -265,11 +198,3 @@ def named_blocks(scheduler_output: Any) -> Iterator[Iterable[int]]:
     for new_block_ids in scheduler_output.scheduled_cached_reqs.new_block_ids:
         if new_block_ids is not None:
             yield from new_block_ids
-
-
-def default_budget(worker: Any, driver: Driver) -> int:
-    """What engines share if nobody says: most of the GPU, or half of the host's memory."""
-    total = driver.memory().total_bytes
-    if worker.device.type == "cuda":
-        return int(total * max(GPU_SHARE, worker.cache_config.gpu_memory_utilization))
-    return total // 2

@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, 
 
 from kvcached_plugins.metrics import LedgerCollector
 from kvcached_plugins.settings import Settings
-from kvcached_plugins.vllm.server import OwnEngines
+from kvcached_plugins.vllm.server import own_engines
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -31,7 +31,7 @@ def attach_router(original: Callable[..., Any], app: FastAPI) -> Any:
 
     registry: CollectorRegistry = get_prometheus_registry()
     if registry not in _with_us:
-        mine = OwnEngines(getattr(app.state, "args", None))
+        mine = own_engines(getattr(app.state, "args", None))
         registry.register(LedgerCollector(Settings.read().directory, mine))
         _with_us.add(registry)
     if registry is not REGISTRY:

@@ -107,7 +107,8 @@ def _check() -> None:
     except KVCachedError as error:
         raise Refusal(str(error)) from error
     logging.getLogger("vllm.kvcached").setLevel(read.log_level)
-    logging.getLogger("kvcached_vmm").parent = logging.getLogger("vllm.kvcached")
+    for name in ("kvcached", "kvcached_vmm"):
+        logging.getLogger(name).parent = logging.getLogger("vllm.kvcached")
 
 
 def apply(patches: tuple[Patch, ...]) -> None:

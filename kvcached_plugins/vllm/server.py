@@ -3,50 +3,23 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from kvcached_plugins import control
 from kvcached_plugins.limits import Change
+from kvcached_plugins.own_engines import OwnEngines
 from kvcached_vmm.errors import LedgerError
-from kvcached_vmm.records import SLOTS, AccountView, LedgerView
+from kvcached_vmm.records import AccountView, LedgerView
 
 
-class OwnEngines:
-    """Tells the engines of one ``vllm serve`` from all others: they run in processes that it, or a
-    process that it started, has started. Engines in another pid namespace are never its own.
-
-    ``arguments`` are those of the command line, as vLLM keeps them in ``app.state.args``.
-    """
-
-    def __init__(self, arguments: Any) -> None:
-        parent = multiprocessing.parent_process()
-        one_of_several = (getattr(arguments, "api_server_count", None) or 1) > 1
-        self.root_pid = parent.pid if parent and parent.pid and one_of_several else os.getpid()
-        self._namespace = os.stat("/proc/self/ns/pid").st_ino
-        self._known: dict[tuple[int, float], bool] = {}
-
-    def __call__(self, account: AccountView) -> bool:
-        if account.namespace != self._namespace:
-            return False
-        process = account.pid, account.started
-        if process not in self._known:
-            if len(self._known) >= 2 * SLOTS:
-                self._known.clear()
-            self._known[process] = self._is_below(account.pid)
-        return self._known[process]
-
-    def _is_below(self, pid: int) -> bool:
-        """Takes about a millisecond."""
-        try:
-            process = psutil.Process(pid)
-            return self.root_pid in (pid, *(each.pid for each in process.parents()))
-        except psutil.Error:
-            return False
+def own_engines(arguments: Any) -> OwnEngines:
+    """The engines of this ``vllm serve``; ``arguments`` are those of its command line, as vLLM
+    keeps them in ``app.state.args``. One of several API servers shares its parent's engines."""
+    parent = multiprocessing.parent_process()
+    one_of_several = (getattr(arguments, "api_server_count", None) or 1) > 1
+    return OwnEngines(parent.pid if parent and one_of_several else None)
 
 
 class Server:

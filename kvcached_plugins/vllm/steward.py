@@ -12,24 +12,22 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from kvcached_plugins import hub
+from kvcached_plugins.backing import PATIENCE_SECONDS
 from kvcached_plugins.settings import Settings
-from kvcached_plugins.shares import Shares
+from kvcached_plugins.shares import FreeBytes, Shares, join
 from kvcached_plugins.tenant import Tenant
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan, extent_map
 from kvcached_plugins.vllm.memory import (
-    PATIENCE_SECONDS,
     Progress,
     WorkerMemory,
     WorkerReport,
 )
 from kvcached_plugins.vllm.pool import ElasticBlockPool, ElasticFreeQueue
 from kvcached_vmm.account import Account
-from kvcached_vmm.driver import Driver
-from kvcached_vmm.errors import DriverError, EngineUnsupported, KVCachedError
+from kvcached_vmm.errors import EngineUnsupported, KVCachedError
 from kvcached_vmm.extents import ExtentMap
 from kvcached_vmm.fence import StepClock
 from kvcached_vmm.host_driver import HostDriver
-from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.policy import Policy
 from kvcached_vmm.units import format_size
 
@@ -53,9 +51,6 @@ HEARTBEAT_SECONDS = 0.2
 
 QUEUE_LOOK = 256
 """How many waiting requests are looked at to tell what is wanted."""
-
-FRESH_SECONDS = 0.005
-"""How old what the driver says is free may be: asking takes 10 us on a GPU, 100 us on a host."""
 
 
 class _Leaving(NamedTuple):
@@ -316,9 +311,9 @@ class Steward:
         Not known for GPUs of worker processes: asking would make a CUDA context here.
         """
         if self._local is not None:
-            return _Recent(self._local.driver)
+            return FreeBytes(self._local.driver)
         if all(report.device == HostDriver.device for report in reports):
-            return _Recent(HostDriver())
+            return FreeBytes(HostDriver())
         return None
 
     def _call_from_main_thread(self) -> None:
@@ -328,27 +323,6 @@ class Steward:
 
             callbacks.append(self.idle)
             self._core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
-
-
-class _Recent:
-    """Free bytes of a driver, asked for again when the answer is no longer fresh."""
-
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
-        self._asked = 0.0
-        self._free_bytes = 0
-
-    def __call__(self) -> int:
-        now = time.monotonic()
-        if now - self._asked > FRESH_SECONDS:
-            self._asked = now
-            try:
-                self._free_bytes = self._driver.memory().free_bytes
-            except DriverError as error:  # nothing is known to be free: requests wait
-                if self._free_bytes:
-                    logger.warning("kvcached: no memory is granted for now: %s", error)
-                self._free_bytes = 0
-        return self._free_bytes
 
 
 def _reclaimer(watched: weakref.ref[Steward], shares: Shares) -> None:
@@ -374,15 +348,12 @@ def _join(
     arena_bytes: int,
 ) -> Account:
     here = [report for report in reports if report.device == device]
-    account = Ledger.open(settings.directory, device).join(
+    account = join(
+        settings,
         name,
-        settings.budget_bytes,
-        settings.minimum_bytes,
-        settings.maximum_bytes,
-        settings.weight,
-        default_budget_bytes=here[0].default_budget_bytes,
-        cache_bytes=settings.cache_bytes,
+        device,
         engine="vllm",
+        default_budget_bytes=here[0].default_budget_bytes,
         arena_bytes=arena_bytes * len(here),
     )
     account.fix(sum(report.fixed_bytes for report in here))

@@ -12,7 +12,7 @@ from kvcached_vmm.arena import Arena
 from kvcached_vmm.errors import LedgerError
 from kvcached_vmm.units import format_size
 
-logger = logging.getLogger("vllm.kvcached")
+logger = logging.getLogger("kvcached")
 
 RETRY_SECONDS = 0.2
 
@@ -20,8 +20,8 @@ RETRY_SECONDS = 0.2
 class Leftovers:
     """What ``arena`` could not give back so far, in an account of its own.
 
-    The engine core counts an extent as released when it has told its workers to: what a worker then
-    cannot release would be granted to somebody else and be missing there.
+    An engine counts an extent as released when it has ordered that: what the driver then does not
+    take back would be granted to somebody else and be missing there.
 
     Args:
         arena: whose.
