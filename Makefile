@@ -39,7 +39,7 @@ engine: setup
 	.venv/bin/pytest integration -m "not gpu" $(PYTEST_ARGS)
 
 test: lint
-	.venv/bin/pytest tests integration -m "not gpu" $(PYTEST_ARGS)
+	.venv/bin/pytest tests integration -m "not gpu and not demo" $(PYTEST_ARGS)
 
 # An environment of its own: SGLang and vLLM want different versions of torch.
 test-sglang:

@@ -174,9 +174,11 @@ def _send(number: signal.Signals, pids: Iterable[int]) -> None:
 
 
 def has_ended(process: psutil.Process) -> bool:
+    """Whether no thread of it is left: its first may have ended while others still hold files."""
     try:
-        return bool(process.status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
+        is_zombie = bool(process.status() == psutil.STATUS_ZOMBIE)
+        return is_zombie and len(os.listdir(f"/proc/{process.pid}/task")) == 1
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return True
 
 

@@ -12,7 +12,7 @@ from integration.engine import MIB, needs_vllm, run_script
 from integration.sglang_engine import needs_sglang, with_shim
 from kvcached_plugins.demo import picture
 
-pytestmark = [pytest.mark.engine]
+pytestmark = [pytest.mark.engine, pytest.mark.demo]
 
 BUDGET_BYTES = 64 * MIB
 COMMAND = [sys.executable, "-c", "from kvcached_plugins.cli import main; main()", "demo"]

@@ -47,6 +47,7 @@ def test_somebody_takes_everything_and_gives_it_back(
 ) -> None:
     """Requests wait, as many as come; none fails, and none waits longer than it has to."""
     some = slice(80, 104)
+    assert wait_until(patient.is_at_rest, 5.0, 0.02), patient.accounts()
     with (
         ThreadPoolExecutor(1) as threads,
         sampled(patient.uncounted_bytes, 0.005) as uncounted,

@@ -229,7 +229,7 @@ def test_a_worker_of_two_is_stopped_at_random_points(house: House, ledger: Ledge
     ):
         served = threads.submit(dave.complete_all, prompts)
         beside = threads.submit(ada.complete_all, prompts)
-        while not served.done() and stops < 20:
+        while not served.done() and stops < 8:
             pid = chance.choice(dave.arena_pids())
             os.kill(pid, signal.SIGSTOP)
             try:

@@ -28,7 +28,7 @@ class Plan:
     def __init__(self, folder: str) -> None:
         self._path = f"{folder}/plan.json"
         self._failed = os.open(f"{folder}/failed", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self._inode = 0
+        self._found = (0, 0)
         self._plan: dict[str, Any] = {}
         self._left = 0
         self._chance = random.Random(1)
@@ -51,9 +51,10 @@ class Plan:
 
     def _look(self) -> None:
         with contextlib.suppress(FileNotFoundError):
-            inode = os.stat(self._path).st_ino
-            if inode != self._inode:
-                self._inode = inode
+            file_now = os.stat(self._path)
+            found = (file_now.st_ino, file_now.st_mtime_ns)  # numbers of files come back
+            if found != self._found:
+                self._found = found
                 with open(self._path, encoding="ascii") as file:
                     self._plan = json.load(file)
                 self._left = self._plan.get("times") or -1
