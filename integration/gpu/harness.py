@@ -14,6 +14,7 @@ from typing import Any
 
 from integration.gpu import peer
 from integration.gpu.bursts import Load
+from integration.gpu.lane import first_port, root
 from integration.gpu.record import Json, MemorySampler, facts, tail, write_json
 from integration.models import CACHE_HEAVY, write_model
 from kvcached_vmm.units import parse_size
@@ -64,10 +65,10 @@ def parser(description: str | None, prog: str) -> argparse.ArgumentParser:
     add("--engine-args", type=json_object, default={"enforce_eager": True}, help="for servers")
     add("--env", type=json_object, default={}, help="more environment for servers")
     add("--plugin-env", type=json_object, default={}, help="more of it with the plugin on")
-    add("--port", type=int, default=18080, help="of the first server; others follow")
+    add("--port", type=int, default=first_port(), help="of the first server; others follow")
     add("--peer", type=Path, default=peer.FOLDER, help="where kvcached is built")
     add("--work", type=Path, default=Path("/tmp"), help="logs and intermediate files")
-    add("--cache", type=Path, default=Path("/tmp/k/cache"), help="compile caches")
+    add("--cache", type=Path, default=root() / "cache", help="compile caches")
     return made
 
 
@@ -107,7 +108,7 @@ class Run:
         self.device: str = "host" if o.cpu else self.facts["gpu"].get("uuid", "host")
         self.notes: list[str] = []
         if o.model is None:
-            o.model = "/tmp/k/models/llama8b"
+            o.model = str(root() / "models" / "llama8b")
             if o.cpu:
                 o.model = str(write_model(self.work / "model", CACHE_HEAVY))
         self.config: Json = json.loads((Path(o.model) / "config.json").read_text())

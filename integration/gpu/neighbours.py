@@ -11,13 +11,14 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from integration.gpu import harness, watch
 from integration.gpu.bursts import ENGINES, Load, Phase, figures, ratios, schedule
 from integration.gpu.process import exit_on_signals, stop_all
 from integration.gpu.record import GIB, Json
-from integration.gpu.tenants import OURS, STOCK, House, Seat
+from integration.gpu.tenants import OURS, SGLANG, STOCK, VLLM, House, Seat
 from integration.gpu.watch import LedgerWatch, gib
 from kvcached_vmm.units import parse_size
 
@@ -50,6 +51,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--rounds", type=int, default=2, help="of: A, B, A again, both")
     add("--drain-s", type=float, default=4.0, help="idle seconds after a burst")
     add("--elastic-share", type=float, default=0.5, help="of the time, where stock runs too")
+    add("--second", choices=(VLLM, SGLANG), default=VLLM, help="what the second server is")
     add("--no-static", dest="static", action="store_false", help="no stock servers")
     return harness.parse(parser, words, SMALL)
 
@@ -72,7 +74,8 @@ class Arm:
             budget = str(o.budget)
             o.plugin_env = {**o.plugin_env, "KVCACHED_BUDGET": budget}
         seat = Seat(o.budget, OURS) if self.elastic else Seat(o.budget // 2, STOCK)
-        self.house = House(run, run.work / name, dict.fromkeys(ENGINES, seat))
+        seats = {ENGINES[0]: seat, ENGINES[1]: replace(seat, engine=o.second)}
+        self.house = House(run, run.work / name, seats)
         self.watch = LedgerWatch(self.house.ledger, run.device, LEDGER_LOOK_S)
 
     def play_all(self, phases: Sequence[Phase]) -> None:

