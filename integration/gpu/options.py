@@ -172,6 +172,7 @@ def parse_paired(words: Sequence[str], description: str) -> argparse.Namespace:
     add("--short-s", type=float, default=8.0, help="arrivals of a last pair, if no other fits")
     add("--tail-s", type=float, default=6.0, help="what a run takes besides its arrivals")
     add("--pairs", type=int, default=3, help="at most")
+    add("--reset", action="store_true", help="drop caches after each pair: KV grows in each")
     add("--port", type=int, default=first_port(), help="off; the next one is on")
     return _parse(parser, words, {"selftest": PAIRED_SELFTEST})
 

@@ -234,6 +234,8 @@ class Session:
             elif kind in ("run_end", "run_failed"):
                 self._due.clear()
                 self.mark(f"end:{label}")
+                if self.o.reset and label.endswith(f"-{ARMS[1]}"):
+                    self.reset()
                 self.save()
         while self._due and self._due[0][0] <= now:
             self.mark(self._due.pop(0)[1])
@@ -241,14 +243,18 @@ class Session:
     def drop_caches(self) -> None:
         """The end of it: memory with the prefix caches that the load left, and without."""
         self.mark("drained", ask=True)
+        self.reset()
+        time.sleep(max(0.0, min(1.5, self.end - time.time())))
+        self.mark("emptied", ask=True)
+
+    def reset(self) -> None:
+        """Both servers forget what they have cached, and ours gives its memory back."""
         for server in self.servers.values():
             if server.usable and self.o.reseed:
                 self.attempt(
                     f"{server.name}: reset",
                     lambda server=server: server.post("/reset_prefix_cache", {}, 1.0),
                 )
-        time.sleep(max(0.0, min(1.5, self.end - time.time())))
-        self.mark("emptied", ask=True)
 
     def mark(self, name: str, ask: bool = False) -> None:
         """What memory is used now. ``ask`` asks the servers too, who should be idle then."""

@@ -1,11 +1,12 @@
-"""Stock SGLang with the plugin off and on, on one GPU in one run. Not run yet.
+"""Stock SGLang with the plugin off and on, on one GPU in one run.
 
     integration/gpu/run.sh exec bash integration/gpu/sglang.sh --out "$OUT"
 
-Each arm is one `python -m sglang.launch_server` with the same arguments and, on, the plugin:
-saturated throughput (twice, for the noise), open-loop latency at half of it, tokens of mixed
-requests, and memory after start, under load, and up to 10 s after the last request. The client is
-this program, over /generate: `sglang.bench_serving` needs packages that the machine lacks.
+Each arm is one `python -m sglang.launch_server` with the same arguments and, on, the plugin: tokens
+of mixed requests, saturated throughput (several times, the first one grows from nothing), open-loop
+latency at half of it, and memory after start, under load, and up to 10 s after the last request.
+The client is this program, over /generate: `sglang.bench_serving` needs packages that the machine
+lacks.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Arm:
             self._mark("started")
             mixed = workload.mixed(64, 2048, 128, VOCABULARY, seed=1)
             result["tokens"] = [answer.tokens for answer in self._at_once(mixed)]
-            for repetition in range(2):
+            for repetition in range(options.repetitions):
                 result[f"saturated-{repetition}"] = self._saturate(seed=10 + repetition)
                 self._mark(f"saturated-{repetition}")
             rate = half_rate or HALF * result["saturated-0"]["requests_per_s"]
@@ -226,12 +227,17 @@ def spread(values: list[float]) -> Json:
 def compared(off: Json, on: Json) -> Json:
     """On over off; tokens are equal or not, request by request."""
     pairs = list(zip(off["tokens"], on["tokens"], strict=True))
-    rates = [arm["saturated-1"]["output_tokens_per_s"] for arm in (on, off)]
+    rates = [
+        [each["output_tokens_per_s"] for name, each in arm.items() if name.startswith("saturated")]
+        for arm in (off, on)
+    ]
+    stock, ours = (statistics.median(each) for each in rates)
     return {
         "equal_answers": sum(one == two for one, two in pairs),
         "answers": len(pairs),
-        "throughput": round(rates[0] / rates[1], 4),
-        "noise_off": round(rates[1] / off["saturated-0"]["output_tokens_per_s"], 4),
+        "throughput": round(ours / stock, 4),
+        "throughput_of_each": [round(on / off, 4) for off, on in zip(*rates, strict=True)],
+        "noise_off": [round(each / stock, 4) for each in rates[0]],
         **{
             f"{what}_{which}": round(on["half"][what][which] / off["half"][what][which], 4)
             for what in ("ttft_ms", "tpot_ms")
@@ -257,6 +263,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--prompt-len", type=int, default=1024)
     parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--repetitions", type=int, default=5, help="saturated, each arm")
     parser.add_argument("--seconds", type=float, default=40.0, help="length of the paced load")
     parser.add_argument(
         "--server-args", default="--attention-backend fa3 --sampling-backend pytorch"

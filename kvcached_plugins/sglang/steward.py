@@ -32,6 +32,10 @@ GiB)."""
 LOOK_SECONDS = 0.05
 """How often we look for what may be given back, and whether another engine waits for memory."""
 
+SORT_SECONDS = 0.25
+"""How often the free list is put in order beside running requests that nobody presses: it takes
+about ten kernels, and what it finds must stay free for ``decay_seconds`` before it goes."""
+
 LOOK_ROUNDS = 16
 """The same for ranks that must look in the same round; an idle SGLang makes thousands a second."""
 
@@ -76,7 +80,7 @@ class Steward:
         if settings.reserve_bytes is not None:
             self._reserve = settings.reserve_bytes // memory.unit_bytes
         self._rounds = itertools.count(1)
-        self._next_look = 0.0
+        self._next_look = self._next_sort = 0.0
         self._heard = memory.shares.rings
         self._active_at: float | None = None
         self._cache_bytes: int | None = settings.cache_bytes
@@ -295,7 +299,9 @@ class Steward:
         if self._active_at is None or not idle:
             self._active_at = now
         self._give_back(now, idle)
-        if allocator.unsorted:
+        # After ``_agree_on_terms``, so that all ranks sort in the same round.
+        if allocator.unsorted and (idle or self._pressure or now >= self._next_sort):
+            self._next_sort = now + SORT_SECONDS
             allocator.sort()
             if memory.device.type == "cpu":
                 allocator.find(now)
