@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Generic
 
 from kvcached_vmm.extents import ExtentMap, Footprint
@@ -38,6 +39,35 @@ class Extent(Generic[B]):
         self.quiet_step = 0
         self.idle_since = 0.0
         self.used = UNUSED
+
+
+def order(
+    stack: list[B], owner: Sequence[Extent[B]], step: int
+) -> tuple[list[Extent[B]], dict[Extent[B], int]]:
+    """Put free blocks of the fullest extents at the end of ``stack``, and take out those of extents
+    that are free as a whole, but for the first extent.
+
+    Args:
+        owner: the extent of each block.
+        step: the last one launched, which may still use any of them.
+
+    Returns:
+        The extents taken out, and how many blocks each of the others has on the stack.
+    """
+    free: defaultdict[Extent[B], list[B]] = defaultdict(list)
+    for block in stack:
+        free[owner[block.block_id]].append(block)
+    stack.clear()
+    whole, partly = [], []
+    for extent, blocks in free.items():
+        extent.quiet_step = step
+        if len(blocks) == len(extent.blocks) and extent.index:
+            whole.append(extent)
+        else:
+            partly.append((-len(blocks), extent.index, extent))
+    for _, _, extent in sorted(partly):
+        stack += free[extent]
+    return whole, {extent: -count for count, _, extent in partly}
 
 
 class Holding:

@@ -17,6 +17,16 @@ class Block(Protocol):
 
 B = TypeVar("B", bound=Block)
 
+LOOK_SECONDS = 0.1
+"""How often a pool's ``tick`` looks for idle or old extents; 0.2 us for each block on the stack."""
+
+HOLES = 16
+"""Whoever takes whole extents' worth of blocks leaves holes in others alone, unless there are more
+of them than a sixteenth of what is live (and as many as are taken): measured with churn.py."""
+
+APPETITE_SECONDS = 1.0
+"""Prompts come in bursts: one that found no memory ready is often followed by another."""
+
 
 class Budget(Protocol):
     """Bytes that a pool may use. ``ledger.Account`` is one."""
@@ -46,7 +56,8 @@ class Policy:
         decay_seconds: an idle extent is kept this long for reuse.
         cache_seconds: a cached extent that nobody asks for is kept this long.
         cache_bytes: cached blocks may hold this much before new blocks evict them; None: no bound.
-        reserve_bytes: idle extents kept ready while any block is live.
+        reserve_bytes: idle extents kept ready while any block is live, at most: as many as the
+            hungriest scheduling round of late used up (``Appetite``).
     """
 
     decay_seconds: float = 0.5
@@ -58,6 +69,26 @@ class Policy:
         """How many blocks may be cached before new blocks evict them."""
         bound = self.cache_bytes
         return extents.num_blocks if bound is None else bound // extents.block_bytes
+
+
+class Appetite:
+    """The most blocks that a scheduling round took, of those in the last one to two seconds."""
+
+    def __init__(self) -> None:
+        self._most = self._before = 0
+        self._until = 0.0
+
+    def took(self, blocks: int, now: float) -> None:
+        """A round is over; ``now`` is in seconds."""
+        if now >= self._until:
+            self._before = self._most if now < self._until + APPETITE_SECONDS else 0
+            self._most, self._until = 0, now + APPETITE_SECONDS
+        if blocks > self._most:
+            self._most = blocks
+
+    @property
+    def blocks(self) -> int:
+        return max(self._most, self._before)
 
 
 @dataclass(frozen=True)

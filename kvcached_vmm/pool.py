@@ -4,9 +4,11 @@ An extent is *empty* (no memory), *resident* (has memory, or was promised it), *
 all its blocks are free) or *leaving* (its release is under way). Of a resident extent's blocks
 some are live, some cached (free, but their content may be asked for again) and some free.
 
-New blocks come from the fullest extent that has a free one, so that the others drain; then from
+A new block comes from the fullest extent that has a free one, so that the others drain; then from
 idle extents; then from an extent that the budget has granted, lowest address first; then from the
-cached extent that nobody has used for longest.
+cached extent that nobody has used for longest. Whoever takes whole extents' worth of blocks gets
+idle and granted extents first, while there are few free blocks in others: blocks that are taken
+together tend to come back together.
 
 The free blocks of resident extents lie on one stack, in the order in which they will be handed out.
 Handing out and taking back are list operations on it, whatever the number of blocks; the order is
@@ -19,7 +21,7 @@ import itertools
 import math
 import threading
 import time
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Generic
@@ -28,11 +30,8 @@ from kvcached_vmm.admission import Admission
 from kvcached_vmm.cache import AGES_SECONDS, Cache, evictable, remove_last
 from kvcached_vmm.extents import ExtentMap
 from kvcached_vmm.fence import StepClock
-from kvcached_vmm.holding import EMPTY, IDLE, LEAVING, RESIDENT, Extent, Holding
-from kvcached_vmm.policy import B, Budget, Policy, Spending
-
-LOOK_SECONDS = 0.1
-"""How often ``tick`` looks for idle or old extents; 0.2 us for each block on the stack."""
+from kvcached_vmm.holding import EMPTY, IDLE, LEAVING, RESIDENT, Extent, Holding, order
+from kvcached_vmm.policy import HOLES, LOOK_SECONDS, Appetite, B, Budget, Policy, Spending
 
 RELEASE_BATCH = 4
 """Extents given back beside a step. A driver call takes up to 0.2 ms while kernels run (H200), and
@@ -86,6 +85,8 @@ class ElasticPool(Generic[B]):
         self._cache = Cache(self._extents, self._owner, self._unit)
         self._resident_blocks = self._granted_blocks = self._leaving = 0
         self._looked = -1.0
+        self._taken = 0
+        self._appetite = Appetite()
         self.admission = Admission(extents)
         self.num_free_blocks = 0
         """Blocks that can be handed out now without asking anybody: free, cached, and granted."""
@@ -134,21 +135,19 @@ class ElasticPool(Generic[B]):
         return bool(self._idle or self.cached_blocks or not self._sorted)
 
     def take(self, count: int) -> list[B]:
-        """Hand out ``count`` blocks, at most ``num_free_blocks``; the caller holds ``lock``.
-
-        A block may still have content that the engine knows: it forgets what it is handed. Who
-        takes whole extents' worth of blocks gets idle extents first: blocks that are taken together
-        tend to come back together.
-        """
+        """Hand out ``count`` blocks, at most ``num_free_blocks``; the caller holds ``lock``. What
+        content the engine still knows them to have it forgets."""
         self.num_free_blocks -= count
+        self._taken += count
         stack = self._stack
         if count == 1:
             while not stack:
                 self._load(1)
             return [stack.pop()]
         taken: list[B] = []
-        while self._idle and count - len(taken) >= self._span:
-            taken += reversed(self._leave_idle(next(reversed(self._idle))).blocks)
+        if count >= self._span and len(stack) <= self.live_blocks // HOLES + count:
+            while count - len(taken) >= self._span and (self._idle or self._holding.grants):
+                taken += reversed(self._next_extent().blocks)
         missing = count - len(taken)
         while missing > len(stack):
             missing -= len(stack)
@@ -195,15 +194,19 @@ class ElasticPool(Generic[B]):
         """Ask the budget for what is missing: the engine is about to want ``count`` blocks, among
         them ``hits``, free ones whose content it will use. The caller holds ``lock``."""
         short = count - (self.num_free_blocks - self.cached_blocks)
-        if short <= 0:
+        if short <= 0 and count < self._span:
             return
         cached_hits = self._cache.among(hits) if hits else 0
         short -= cached_hits
-        short -= max(0, self.cached_blocks - self.policy.most_cached(self.extents) - cached_hits)
+        over = max(0, self.cached_blocks - self.policy.most_cached(self.extents) - cached_hits)
+        short -= over
         if short > 0:
             short = min(short, self._holding.spare * self._span)
             short -= self._reserve(-(-short // self._span)) * self._span
             self.admission.made_up_for(short)
+        if short <= 0 and not over:
+            whole = (count - cached_hits) // self._span - len(self._idle)
+            self._reserve(whole - self._holding.grants)
         if count > self.num_free_blocks:
             # What was granted is not used then, and goes back.
             self.admission.refused(count - self.num_free_blocks + self._granted_blocks)
@@ -217,7 +220,9 @@ class ElasticPool(Generic[B]):
         with self.lock:
             self.admission.settle()
             ahead: list[int] = []
-            short = self.policy.reserve_bytes // self._unit - len(self._idle)
+            self._appetite.took(self._taken, self._now())
+            self._taken = 0
+            short = self._ready() - len(self._idle)
             if short > 0 and self.live_blocks:
                 self._reserve(short)
                 while self._holding.grants and len(ahead) < short:
@@ -248,7 +253,7 @@ class ElasticPool(Generic[B]):
                     self._cache.note_ages(free_blocks, now)
             spare = len(self._idle)
             if self.live_blocks:
-                spare -= self.policy.reserve_bytes // self._unit
+                spare -= self._ready()
             oldest = list(itertools.islice(self._idle, max(0, min(spare, limit))))
             return self._leave(extent for extent in oldest if extent.idle_since <= now - decay)
 
@@ -304,10 +309,8 @@ class ElasticPool(Generic[B]):
 
     def _load(self, wanted: int) -> None:
         """Put more blocks on the stack, which has run out; at best as many as are wanted."""
-        if self._idle:
-            self._stack += self._leave_idle(next(reversed(self._idle))).blocks
-        elif self._holding.grants:
-            self._stack += self._grow().blocks
+        if self._idle or self._holding.grants:
+            self._stack += self._next_extent().blocks
         else:
             blocks = self._cache.evict(wanted)
             assert blocks, "more blocks were asked for than num_free_blocks"
@@ -317,28 +320,25 @@ class ElasticPool(Generic[B]):
     def _sort(self) -> dict[Extent[B], int]:
         """Take extents that are free as a whole off the stack, and put the blocks of the fullest
         extents on top of it. Returns how many blocks each of the others has on the stack."""
-        free: defaultdict[Extent[B], list[B]] = defaultdict(list)
-        owner = self._owner
-        for block in self._stack:
-            free[owner[block.block_id]].append(block)
-        self._stack.clear()
-        partly = []
-        for extent, blocks in free.items():
-            extent.quiet_step = self._clock.launched
-            if len(blocks) == len(extent.blocks) and extent.index:
-                self._become_idle(extent)
-            else:
-                partly.append((-len(blocks), extent.index, blocks))
-        for _, _, blocks in sorted(partly):
-            self._stack += blocks
+        whole, free_blocks = order(self._stack, self._owner, self._clock.launched)
+        for extent in whole:
+            self._become_idle(extent)
         self._sorted = True
-        return {self._extents[index]: -count for count, index, _ in partly}
+        return free_blocks
 
     def _forget_while(self, holds: Callable[[Extent[B]], bool]) -> None:
         """Forget the extent that nobody has used for longest, as long as ``holds`` says so of it;
         the engine forgets its content when it is reused."""
         while (extent := self._cache.oldest()) and holds(extent):
             self._forget(extent)
+
+    def _ready(self) -> int:
+        """How many idle extents to keep ready for what the next round may take."""
+        return min(self.policy.reserve_bytes // self._unit, 1 + self._appetite.blocks // self._span)
+
+    def _next_extent(self) -> Extent[B]:
+        """An idle extent, or one that was granted."""
+        return self._leave_idle(next(reversed(self._idle))) if self._idle else self._grow()
 
     def _grow(self) -> Extent[B]:
         extent = self._extents[self._holding.grow()]

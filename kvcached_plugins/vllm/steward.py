@@ -29,15 +29,15 @@ from kvcached_vmm.extents import ExtentMap
 from kvcached_vmm.fence import StepClock
 from kvcached_vmm.host_driver import HostDriver
 from kvcached_vmm.policy import Policy
-from kvcached_vmm.units import format_size
+from kvcached_vmm.units import MIB, format_size
 
 logger = logging.getLogger("vllm.kvcached")
 
 IDLE_BATCH = 128
 """Extents given back at a time when there is no step to hold up."""
 
-RESERVE_EXTENTS = 8
-"""Committed behind the back of a running step, so that a prompt of 1,000 tokens finds its memory
+RESERVE_BYTES = 512 * MIB
+"""At most so much is committed behind the back of a running step, so that prompts find their memory
 there: a commit in front of a step costs time to first token."""
 
 QUIET_SECONDS = 0.1
@@ -103,9 +103,7 @@ class Steward:
                 decay_seconds=settings.decay_seconds,
                 cache_seconds=settings.cache_seconds,
                 cache_bytes=settings.cache_bytes,
-                reserve_bytes=min(limit // 32, RESERVE_EXTENTS * extents.largest_bytes)
-                if reserve is None
-                else reserve,
+                reserve_bytes=min(limit // 32, RESERVE_BYTES) if reserve is None else reserve,
             ),
         )
         self._scheduler = scheduler
