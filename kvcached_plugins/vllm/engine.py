@@ -95,15 +95,23 @@ def executor_wake_up(
     return original(executor, tags)
 
 
-def get_num_blocks_to_allocate(
-    original: Callable[..., int], coordinator: Any, request_id: str, *args: Any, **kwargs: Any
-) -> int:
+def get_num_blocks_to_allocate(original: Callable[..., int]) -> Callable[..., int]:
     """vLLM is about to compare this number with the free blocks: get the budget for it.
 
     A request that holds nothing yet and would take the engine beyond its limit, or beyond its fair
     share while others wait, is told that it needs everything: it waits.
+
+    Called for each request of each step, nearly always for no block at all.
     """
-    count = original(coordinator, request_id, *args, **kwargs)
+
+    def wrapper(coordinator: Any, request_id: str, *args: Any, **kwargs: Any) -> int:
+        count = original(coordinator, request_id, *args, **kwargs)
+        return count and _prepare(coordinator, request_id, count, kwargs)
+
+    return wrapper
+
+
+def _prepare(coordinator: Any, request_id: str, count: int, kwargs: dict[str, Any]) -> int:
     pool = coordinator.block_pool
     elastic = getattr(pool, "elastic", None)
     if elastic is None or not 0 < count < pool.num_gpu_blocks:

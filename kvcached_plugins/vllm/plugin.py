@@ -20,12 +20,14 @@ from kvcached_plugins import OFF, TOGGLE
 class Patch(NamedTuple):
     """A function or method of vLLM that ours is wrapped around, named ``module:attribute``.
 
-    ``since`` names the first minor version that has it, if not all that we support do.
+    ``since`` names the first minor version that has it, if not all that we support do. Where
+    ``hot`` is set, ours gets the original once and returns the wrapper: one call less each time.
     """
 
     target: str
     around: str
     since: str = ""
+    hot: bool = False
 
 
 PATCHES = (
@@ -44,6 +46,7 @@ PATCHES = (
     Patch(
         "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.get_num_blocks_to_allocate",
         "engine:get_num_blocks_to_allocate",
+        hot=True,
     ),
     Patch("vllm.v1.worker.worker_base:resolve_obj_by_qualname", "plugin:resolve_worker_class"),
     Patch("vllm.entrypoints.serve.instrumentator.metrics:attach_router", "metrics:attach_router"),
@@ -124,8 +127,12 @@ def apply(patches: tuple[Patch, ...]) -> None:
         original = getattr(owner, name)
         if getattr(original, "__kvcached__", None) != patch.around:
             around_module, _, around = patch.around.partition(":")
-            ours = importlib.import_module(f"kvcached_plugins.vllm.{around_module}")
-            setattr(owner, name, _wrap(original, getattr(ours, around), patch.around))
+            adapter = importlib.import_module(f"kvcached_plugins.vllm.{around_module}")
+            ours: Any = getattr(adapter, around)
+            wrapper: Any = ours(original) if patch.hot else _wrapper(original, ours)
+            functools.update_wrapper(wrapper, original)
+            wrapper.__kvcached__ = patch.around
+            setattr(owner, name, wrapper)
 
 
 def resolve_worker_class(original: Callable[[str], Any], qualified_name: str) -> Any:
@@ -144,14 +151,10 @@ def resolve_worker_class(original: Callable[[str], Any], qualified_name: str) ->
     return original(qualified_name)
 
 
-def _wrap(
-    original: Callable[..., Any], around: Callable[..., Any], label: str
-) -> Callable[..., Any]:
-    @functools.wraps(original)
+def _wrapper(original: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return around(original, *args, **kwargs)
 
-    wrapper.__kvcached__ = label  # type: ignore[attr-defined]
     return wrapper
 
 
