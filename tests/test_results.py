@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -35,13 +36,10 @@ def test_the_results_page_says_what_the_files_say() -> None:
 
 def test_each_gpu_figure_of_the_readme_is_in_a_file() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("| NVIDIA H200"))
-    shown = []
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            break
-        shown.append(line)
-    assert shown == readme.rows(Files.read(RESULTS))
+    for head, rows in readme.tables(Files.read(RESULTS)).items():
+        start = next(i for i, line in enumerate(lines) if line.startswith(head))
+        shown = list(itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :]))
+        assert shown == rows
 
 
 def test_what_was_not_run_is_said_to_be_not_run() -> None:

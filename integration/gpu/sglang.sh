@@ -28,4 +28,5 @@ done
 export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} PYTHONUNBUFFERED=1
 export PYTHONPATH="$k/plug:${PYTHONPATH:-$k/site}:$root"
 unset ENABLE_KVCACHED
+[ -z "${KVC_COMMIT:-}" ] && [ -f .gpu/commit ] && export KVC_COMMIT=$(cat .gpu/commit)
 python3 -P -m integration.gpu.sglang --out "$OUT" --model "$k/models/llama8b" "$@"

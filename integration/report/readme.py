@@ -1,27 +1,142 @@
-"""The rows of the README's table of GPU figures, as the files have them.
+"""The rows of the README's tables of GPU figures, as the files have them.
 
 A test compares them with the README, so that no figure there is older than its file.
 """
 
 from __future__ import annotations
 
+import statistics
+
 from integration.report.files import File, Files
 
 SATURATED = "onoff-saturated-h200.json"
-PAIRED = "paired-half-load-h200.json"
-COST = "vmm-cost-h200.json"
 TOKENS = "tokens-h200.json"
+GRAPH_TOKENS = "paired-half-load-h200.json"
+PREEMPTED = "onoff-preemption-h200.json"
+PAIRED = "paired-half-load-h100.json"
+COST = "vmm-cost-h100.json"
+SGLANG = "sglang-h100.json"
+RECLAIM = "reclaim-h100.json"
+NEIGHBOURS = "neighbours-h100.json"
+MIXED = "neighbours-sglang-h100.json"
+AWAKE = "activation-h100.json"
+NONE = "\N{EN DASH}"
 
 
-def rows(files: Files) -> list[str]:
-    """Each row, as Markdown."""
+def tables(files: Files) -> dict[str, list[str]]:
+    """The rows of each table, as Markdown, by how its head begins."""
     held = {file.name: file for file in files.all}
+    return {
+        "| NVIDIA H100": [
+            _half_load(held[PAIRED]),
+            *_sglang(held[SGLANG]),
+            _awake(held[AWAKE]),
+            _reclaim(held[RECLAIM]),
+            _burst(held[NEIGHBOURS], "two vLLM, 24 GiB of KV between them: a burst on one"),
+            _burst(held[MIXED], "a vLLM and an SGLang, 24 GiB between them: a burst on one"),
+            _commit(held[COST]),
+        ],
+        "| NVIDIA H200": [
+            *_saturated(held[SATURATED]),
+            _tokens(held[TOKENS], held[GRAPH_TOKENS], held[PREEMPTED]),
+        ],
+    }
+
+
+def _row(label: str, stock: str, ours: str, name: str) -> str:
+    where = name if name == "same" else f"`{name}`"
+    return f"| {label} | {stock} | {ours} | {where} |"
+
+
+def _half_load(file: File) -> str:
+    median = file.data["summary"]["median"]
+    keys = ("mean_ttft_ms", "mean_tpot_ms")
+    stock, ours = (
+        f"{median[arm][keys[0]]:.1f} / {median[arm][keys[1]]:.2f} ms" for arm in ("off", "on")
+    )
+    ratio = " / ".join(f"{median['on'][key] / median['off'][key]:.2f}" for key in keys)
+    pairs = sum(name.isdigit() for name in file.data["summary"]["pairs"])
+    label = f"half load, 11 req/s, KV grows from nothing in each of {pairs} runs: mean TTFT / TPOT"
+    return _row(label, stock, f"{ours} ({ratio})", PAIRED)
+
+
+def _sglang(file: File) -> list[str]:
+    arms, told = file.data["arms"], file.data["compared"]
+
+    def rate(arm: str) -> float:
+        return statistics.median(
+            each["output_tokens_per_s"]
+            for name, each in arms[arm].items()
+            if name.startswith("saturated")
+        )
+
+    def half(arm: str) -> str:
+        ttft, tpot = (arms[arm]["half"][what]["mean"] for what in ("ttft_ms", "tpot_ms"))
+        return f"{ttft:.1f} / {tpot:.2f} ms"
+
+    off, on = rate("off"), rate("on")
+    ratios = f"{told['ttft_ms_mean']:.2f} / {told['tpot_ms_mean']:.2f}"
+    memory = [f"{arms[arm]['memory_gib']['started']['last']:.1f} GiB" for arm in ("off", "on")]
     return [
-        *_saturated(held[SATURATED]),
-        *_half_load(held[PAIRED]),
-        _commit(held[COST]),
-        _tokens(held[TOKENS], held[PAIRED], held["onoff-preemption-h200.json"]),
+        _row(
+            "SGLang 0.5.17, output tokens/s, saturated, 256 x (1024 + 256)",
+            f"{off:,.0f}",
+            f"{on:,.0f} ({on / off:.3f})",
+            SGLANG,
+        ),
+        _row("same, half load: mean TTFT / TPOT", half("off"), f"{half('on')} ({ratios})", "same"),
+        _row("same, GPU memory after start", *memory, "same"),
+        _row(
+            "same, greedy tokens",
+            "",
+            f"identical: {told['equal_answers']} of {told['answers']}",
+            "same",
+        ),
     ]
+
+
+def _awake(file: File) -> str:
+    stock, ours = (
+        f"{file.data['arms'][kind]['wake_to_first_token_ms']['median']:.0f} ms"
+        for kind in ("static", "ours")
+    )
+    return _row("vLLM's sleep mode: wake to first token", stock, ours, AWAKE)
+
+
+def _reclaim(file: File) -> str:
+    def grant(peer: str, size: str) -> str:
+        return f"{file.data['peers'][peer][size]['grant_ms']['median']:.1f}"
+
+    figures = f"{grant('idle', '1 GiB')} / {grant('idle', '8 GiB')} ms"
+    ours = f"{figures}; {grant('busy', '1 GiB')} / {grant('busy', '8 GiB')} ms"
+    label = "1 / 8 GiB that an idle neighbour holds as prefix cache, to the grant; a serving one"
+    return _row(label, NONE, ours, RECLAIM)
+
+
+def _burst(file: File, label: str) -> str:
+    """Bursts on one engine while the other rests; the first of each, and those after."""
+    arms = file.data["arms"]
+
+    def times(arm: str) -> tuple[list[float], list[float]]:
+        phases = arms[arm]["phases"].values()
+        alone = [each["engines"] for each in phases if len(each["engines"]) == 1]
+        bursts = [each for engines in alone for each in engines.values()]
+        return [each["ttft_ms"]["mean"] for each in bursts], [each["duration_s"] for each in bursts]
+
+    cells = []
+    for arm in ("static", "elastic"):
+        ttft, took = times(arm)
+        cells.append(f"{statistics.fmean(ttft) / 1e3:.2f} / {statistics.fmean(took):.1f} s")
+    told = f"{label} (mean TTFT / done after), halves against one budget"
+    return _row(told, *cells, file.name)
+
+
+def _commit(file: File) -> str:
+    low, high = (
+        f"{file.data['extents'][size]['one_call']['commit']['median_ms']:.1f}"
+        for size in ("32MiB", "16MiB")
+    )
+    return _row("committing 1 GiB, extents of 32 / 16 MiB", NONE, f"{low} / {high} ms", COST)
 
 
 def _saturated(file: File) -> list[str]:
@@ -33,41 +148,14 @@ def _saturated(file: File) -> list[str]:
         f"{each['after_start']:.1f} / {each['cache_dropped']:.1f} GiB" for each in (stock, ours)
     ]
     return [
-        "| output tokens/s, saturated, 256 x (1024 + 256), 48 GiB of KV "
-        f"| {off:,.0f} | {on:,.0f} ({ratio:.3f}) | `{SATURATED}` |",
-        f"| GPU memory after start / after load, cache dropped | {' | '.join(memory)} | same |",
-    ]
-
-
-def _half_load(file: File) -> list[str]:
-    summary, runs = file.data["summary"], file.data["runs"]
-
-    def row(label: str, off: dict[str, float], on: dict[str, float], where: str) -> str:
-        keys = ("mean_ttft_ms", "mean_tpot_ms")
-        stock, ours = (f"{each[keys[0]]:.1f} / {each[keys[1]]:.2f} ms" for each in (off, on))
-        ratio = " / ".join(f"{on[key] / off[key]:.2f}" for key in keys)
-        return f"| {label} | {stock} | {ours} ({ratio}) | {where} |"
-
-    median = summary["median"]
-    return [
-        row(
-            "half load, 11 req/s, 30 GiB of KV: mean TTFT / TPOT",
-            median["off"],
-            median["on"],
-            f"`{PAIRED}`",
+        _row(
+            "output tokens/s, saturated, 256 x (1024 + 256), 48 GiB of KV",
+            f"{off:,.0f}",
+            f"{on:,.0f} ({ratio:.3f})",
+            SATURATED,
         ),
-        row("same, while KV grows by 24 GiB", runs["1-off"], runs["1-on"], "same"),
-        row("same, once the memory is there", runs["2-off"], runs["2-on"], "same"),
+        _row("GPU memory after start / after load, cache dropped", *memory, "same"),
     ]
-
-
-def _commit(file: File) -> str:
-    def median_ms(size: str, how: str) -> float:
-        return float(file.data["extents"][size][how]["commit"]["median_ms"])
-
-    low, high = sorted(median_ms("16MiB", how) for how in ("one_call", "a_call_per_extent"))
-    figure = f"{low:.1f} to {high:.1f} / {median_ms('32MiB', 'one_call'):.1f} ms"
-    return f"| committing 1 GiB, extents of 16 / 32 MiB | \N{EN DASH} | {figure} | `{COST}` |"
 
 
 def _tokens(file: File, paired: File, preempted: File) -> str:
@@ -82,5 +170,5 @@ def _tokens(file: File, paired: File, preempted: File) -> str:
     ]
     return (
         f"| greedy tokens, same kernels: eager; CUDA graphs; {preemptions} preemptions | "
-        f"| identical: {'; '.join(told)} | `{TOKENS}`, `{PAIRED}` |"
+        f"| identical: {'; '.join(told)} | `{TOKENS}`, `{GRAPH_TOKENS}` |"
     )

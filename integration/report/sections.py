@@ -359,6 +359,51 @@ def vmm_cost(file: File) -> list[str]:
     ]
 
 
+def sglang(file: File) -> list[str]:
+    arms = file.data["arms"]
+    names = [name for name in arms["off"] if name.startswith("saturated")]
+    rows = []
+    for name in names:
+        off, on = (arms[arm][name]["output_tokens_per_s"] for arm in ("off", "on"))
+        rows.append([f"{name}: output tokens/s", off, on, on / off])
+    for what in ("ttft_ms", "tpot_ms"):
+        for which in TIMES:
+            off, on = (arms[arm]["half"][what][which] for arm in ("off", "on"))
+            rows.append([f"half load: {which} {what[:4].upper()}, ms", off, on, on / off])
+    for moment in ("started", names[-1], "drained+10s"):
+        off, on = (arms[arm]["memory_gib"][moment].get("last") for arm in ("off", "on"))
+        rows.append([f"device GiB, {moment}", off, on, None])
+    told = file.data["compared"]
+    return [
+        *table(["figure", "stock", "elastic", "elastic/stock"], rows),
+        "",
+        f"Greedy tokens of {told['equal_answers']} of {told['answers']} requests are equal.",
+    ]
+
+
+def beside(file: File) -> list[str]:
+    rows = [
+        [
+            f"{size} x {each['extents']}, {what.replace('_', ' ')}",
+            each[what].get("call_ms"),
+            each[what]["without_ms"],
+            each[what]["beside_ms"],
+            each[what]["added_ms"],
+        ]
+        for size, each in file.data["figures"].items()
+        for what in ("commit", "release", "commit_elsewhere")
+    ]
+    reads = [[where, ms] for where, ms in file.data["read_ms"].items()]
+    return [
+        *table(
+            ["extents", "calls, ms", "step, ms", "step beside them, ms", "added, ms"],
+            rows,
+        ),
+        "",
+        *table(["a layer of 4,096 blocks, read in random order", "ms"], reads),
+    ]
+
+
 SECTIONS: Mapping[str, tuple[str, Callable[[File], list[str]]]] = {
     "onoff-saturated": ("Saturated throughput, start-up and memory of one engine", saturated),
     "onoff-eager": (
@@ -375,6 +420,8 @@ SECTIONS: Mapping[str, tuple[str, Callable[[File], list[str]]]] = {
     "footprint": ("Footprint with staggered answers", footprint),
     "activation": ("Sleep and wake", activation),
     "reclaim": ("Memory from a neighbour's cache", reclaim),
+    "sglang": ("SGLang alone", sglang),
     "vmm-cost": ("What committing memory costs", vmm_cost),
+    "beside": ("What driver calls cost kernels that run beside them", beside),
 }
 """Kinds of GPU results, by the beginning of a file's name, in the order of the page."""
