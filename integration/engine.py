@@ -174,7 +174,10 @@ class Server:
                 env=engine_env(env),
                 start_new_session=True,
             )
-        limits = httpx.Limits(max_connections=256, max_keepalive_connections=64)
+        # The server drops a connection after 5 idle seconds, maybe just as it is used again.
+        limits = httpx.Limits(
+            max_connections=256, max_keepalive_connections=64, keepalive_expiry=2.0
+        )
         self._http = httpx.Client(base_url=self.url, timeout=REQUEST_TIMEOUT_S, limits=limits)
 
     def command(self, model: Path) -> list[str]:
