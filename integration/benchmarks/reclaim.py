@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import mmap
 import os
 import random
 import tempfile
@@ -38,6 +39,8 @@ from kvcached_vmm.units import format_size, parse_size
 
 TOKEN_BYTES = 2 * CACHE_HEAVY.kv_bytes_per_token
 """In float32."""
+PROMPTS_AT_ONCE = 16
+"""About as many are prefilled beside each other while a server is filled."""
 STEPS_SECONDS = 1.5
 """For how long the busy server serves before somebody wants memory, to see how long a step is."""
 GOAL_SECONDS = 0.010
@@ -60,7 +63,9 @@ class Figure:
 
 
 def kernel_seconds(size_bytes: int) -> float:
-    """What it takes to free memory that has been written to, extent by extent."""
+    """What it takes to free memory, extent by extent, that was written to as an engine writes to
+    its own: page by page, in the blocks of a few prompts at a time. Pages that were first written
+    to in the order of their addresses are freed in a fifth less time."""
     driver = HostDriver()
     address = driver.reserve(size_bytes)
     places = range(address, address + size_bytes, EXTENT_BYTES)
@@ -69,7 +74,13 @@ def kernel_seconds(size_bytes: int) -> float:
         driver.map(place, EXTENT_BYTES, handle)
         driver.release(handle)
     driver.allow(address, size_bytes)
-    ctypes.memset(address, 1, size_bytes)
+    memory = (ctypes.c_byte * size_bytes).from_address(address)
+    together = PROMPTS_AT_ONCE * BLOCK_TOKENS * TOKEN_BYTES
+    for start in range(0, size_bytes, together):
+        pages = list(range(start, min(start + together, size_bytes), mmap.PAGESIZE))
+        random.shuffle(pages)
+        for page in pages:
+            memory[page] = 1
     began = time.perf_counter()
     for place in places:
         driver.unmap(place, EXTENT_BYTES)
@@ -165,10 +176,12 @@ def figure(
 
 def missed(figures: list[Figure]) -> list[str]:
     """The peers that took longer than the kernel, a step of theirs, and the goal."""
+    # Beside a busy server the kernel alone may wait for a processor: that excuses nothing.
+    floor = min(each.median_kernel_seconds for each in figures)
     return [
         each.peer
         for each in figures
-        if each.median_seconds > each.median_kernel_seconds + each.step_seconds + GOAL_SECONDS
+        if each.median_seconds > floor + each.step_seconds + GOAL_SECONDS
     ]
 
 

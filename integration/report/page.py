@@ -159,8 +159,10 @@ def hand_over(files: Files) -> list[list[object]]:
         ("bench-reclaim-one-process.json", ", its worker in the engine core's process"),
     ):
         file = files.one(name)
-        for each in file.data["figures"] if file else ():
-            kernel, step = each["median_kernel_seconds"], each["step_seconds"]
+        figures = file.data["figures"] if file else []
+        kernel = min((each["median_kernel_seconds"] for each in figures), default=0.0)
+        for each in figures:
+            step = each["step_seconds"]
             rows.append(
                 [
                     f"1 GiB from the cache of a peer that is {each['peer']}{where}, host memory",
@@ -168,7 +170,7 @@ def hand_over(files: Files) -> list[list[object]]:
                     f"the kernel's own {1e3 * kernel:.0f} ms"
                     + (f", a step of {1e3 * step:.0f} ms" if step else "")
                     + ", and 10 ms",
-                    verdict(each["peer"] not in file.data["missed"]),
+                    verdict(each["median_seconds"] <= kernel + step + 0.010),
                     f"`{name}`",
                 ]
             )
