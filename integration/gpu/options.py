@@ -85,6 +85,23 @@ PAIRED_SELFTEST = {
     "env": {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
 }
 
+SOAK_SELFTEST = {
+    "kv_bytes": 64 << 20,
+    "max_model_len": 512,
+    "max_num_seqs": 16,
+    "utilization": 0.1,
+    "longest": 200,
+    "answer": 24,
+    "wave": 24,
+    "together": 12,
+    "ready_s": 300.0,
+    "deadline_s": 900.0,
+    "minutes": 1.0,
+    "compilation": {},
+    "engine_args": {"enforce_eager": True},
+    "env": {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+}
+
 
 def _floats(text: str) -> list[float]:
     rates = [float(item) for item in text.split(",")]
@@ -175,6 +192,33 @@ def parse_paired(words: Sequence[str], description: str) -> argparse.Namespace:
     add("--reset", action="store_true", help="drop caches after each pair: KV grows in each")
     add("--port", type=int, default=first_port(), help="off; the next one is on")
     return _parse(parser, words, {"selftest": PAIRED_SELFTEST})
+
+
+def parse_soak(words: Sequence[str], description: str) -> argparse.Namespace:
+    """Options of soak.py, with the sizes of ``--selftest`` where nothing else was said."""
+    parser = argparse.ArgumentParser(prog="soak.py", description=description)
+    _add_common(parser, deadline_s=590.0, kv_bytes=4 * GIB, kv_help="of each server")
+    add = parser.add_argument
+    add("--minutes", type=float, default=8.0, help="of load, if the deadline allows")
+    add("--ready-s", type=float, default=150.0, help="how long servers may take to start")
+    add("--utilization", type=float, default=0.3, help="must be free when a server starts, no more")
+    add("--compilation", type=_json, default=GRAPHS, help="{} for vLLM's default")
+    add("--wave", type=int, default=96, help="requests of a wave")
+    add("--together", type=int, default=64, help="of them at a time, at most")
+    add("--longest", type=int, default=1500)
+    add("--answer", type=int, default=96, help="tokens of the longest answer")
+    add("--port", type=int, default=first_port(), help="off; the next one is on")
+    parser.set_defaults(
+        env={"VLLM_BATCH_INVARIANT": "1"},
+        plugin_env={
+            "KVCACHED_DECAY": "0",
+            "KVCACHED_RESERVE": "0",
+            "KVCACHED_CACHE_TTL": "1",
+            "KVCACHED_POISON": "nan",
+        },
+        max_num_seqs=64,
+    )
+    return _parse(parser, words, {"selftest": SOAK_SELFTEST})
 
 
 def _add_common(
