@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from integration.gpu import harness, neighbours, reclaim, watch
+from integration.gpu import harness, neighbours, reclaim, soak, watch
 from integration.gpu.bursts import (
     Load,
     Reply,
@@ -20,6 +20,7 @@ from integration.gpu.bursts import (
     schedule,
     spread_ms,
 )
+from integration.gpu.options import parse_soak
 from integration.gpu.watch import Holding, LedgerWatch, Sample
 from integration.probe import wait_for_grant
 from kvcached_vmm.ledger import Ledger
@@ -255,3 +256,19 @@ vllm:request_success_total{finished_reason="stop"} 1.0
 vllm:request_success_created{finished_reason="stop"} 1.7e9
 """
     assert counters(text) == {"num_preemptions": 3.0, "request_success": 3.0}
+
+
+def test_a_soak_gives_memory_back_at_once_and_passes_only_if_nothing_differs(
+    tmp_path: Path,
+) -> None:
+    o = parse_soak(["--out", str(tmp_path)], "")
+    assert o.plugin_env["KVCACHED_DECAY"] == o.plugin_env["KVCACHED_RESERVE"] == "0"
+    assert o.plugin_env["KVCACHED_POISON"] == "nan"
+    assert o.env == {"VLLM_BATCH_INVARIANT": "1"}
+    servers = {arm: {"exit_status": None} for arm in soak.ARMS}
+    good = {"compared": {"requests": 9, "differing": 0}, "failed": 0, "servers": servers}
+    assert soak.passed(good)
+    assert not soak.passed({**good, "compared": {"requests": 9, "differing": 1}})
+    assert not soak.passed({**good, "compared": {"requests": 0, "differing": 0}})
+    assert not soak.passed({**good, "failed": 1})
+    assert not soak.passed({**good, "servers": {"off": servers["off"], "on": {"exit_status": -9}}})

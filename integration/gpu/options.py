@@ -86,7 +86,7 @@ PAIRED_SELFTEST = {
 }
 
 SOAK_SELFTEST = {
-    "kv_bytes": 64 << 20,
+    "kv_bytes": 3 << 20,
     "max_model_len": 512,
     "max_num_seqs": 16,
     "utilization": 0.1,
@@ -197,7 +197,7 @@ def parse_paired(words: Sequence[str], description: str) -> argparse.Namespace:
 def parse_soak(words: Sequence[str], description: str) -> argparse.Namespace:
     """Options of soak.py, with the sizes of ``--selftest`` where nothing else was said."""
     parser = argparse.ArgumentParser(prog="soak.py", description=description)
-    _add_common(parser, deadline_s=590.0, kv_bytes=4 * GIB, kv_help="of each server")
+    _add_common(parser, deadline_s=590.0, kv_bytes=3 * GIB, kv_help="of each server")
     add = parser.add_argument
     add("--minutes", type=float, default=8.0, help="of load, if the deadline allows")
     add("--ready-s", type=float, default=150.0, help="how long servers may take to start")

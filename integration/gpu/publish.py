@@ -31,6 +31,7 @@ NAMES = {
     "density": "density",
     "activation": "activation",
     "sglang": "sglang",
+    "soak": "gpu-soak",
 }
 """What a program's file is called among the results, by what it is called where it was run."""
 

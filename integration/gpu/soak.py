@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,7 +40,6 @@ from integration.gpu.server import Server
 from integration.gpu.tenants import counters
 from integration.gpu.workload import Answer, Request
 from integration.probe import wait_for_grant
-from kvcached_vmm.errors import KVCachedError
 from kvcached_vmm.ledger import Ledger
 
 ARMS = ("off", "on")
@@ -94,11 +93,17 @@ class Soak:
                 server.found["reseeded"] = server.call("kvc_reseed", 60.0)
         self.until = min(time.time() + 60.0 * o.minutes, o.started + o.deadline_s - MARGIN_S)
         threads = [threading.Thread(target=self.load, args=(name,)) for name in ARMS]
-        threads.append(threading.Thread(target=self.meddle))
+        threads.append(threading.Thread(target=self.attempt, args=(self.meddle,)))
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+
+    def attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self.notes.append(f"{type(error).__name__}: {error}"[:300])
 
     def wave(self, number: int) -> list[Request]:
         """The requests of a wave; the same for both servers."""
@@ -152,7 +157,7 @@ class Soak:
                             ("neighbour", self.neighbour),
                         ]
                     )
-                    with contextlib.suppress(KVCachedError, TimeoutError):
+                    with contextlib.suppress(TimeoutError):  # live blocks are not taken
                         action(ledger, dice)
                         self.moves[what] = self.moves.get(what, 0) + 1
                     time.sleep(dice.uniform(0.2, 2.0))
@@ -164,7 +169,7 @@ class Soak:
 
     def neighbour(self, ledger: Ledger, dice: random.Random) -> None:
         """Somebody takes up to a third of the budget for a second, and leaves without a word."""
-        account = ledger.join("neighbour", None)
+        account = Ledger.open(ledger.path.parent, self.device).join("neighbour", None)
         try:
             unit = max(1, self.o.kv_bytes // 64)
             wait_for_grant(account, unit * dice.randint(4, 20), unit, timeout_s=5.0)
@@ -217,9 +222,7 @@ def main(words: Sequence[str] | None = None) -> int:
     exit_on_signals()
     soak = Soak(o)
     try:
-        soak.play()
-    except Exception as error:
-        soak.notes.append(f"{type(error).__name__}: {error}"[:300])
+        soak.attempt(soak.play)
     finally:
         result = soak.result()
         stop_all()

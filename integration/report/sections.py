@@ -381,6 +381,20 @@ def sglang(file: File) -> list[str]:
     ]
 
 
+def gpu_soak(file: File) -> list[str]:
+    data = file.data
+    rows = [
+        ["answers of both servers", data["compared"]["requests"]],
+        ["with other tokens than stock's", data["compared"]["differing"]],
+        ["failed", data["failed"]],
+        ["called off", data["called_off"]],
+        *([f"moves: {what}", times] for what, times in data["moves"].items()),
+        *([f"preemptions, {arm}", times] for arm, times in data["preemptions"].items()),
+    ]
+    told = "met" if data["passed"] else "**missed**"
+    return [*table(["figure", "number"], rows), "", f"Nothing differs or fails: {told}."]
+
+
 def beside(file: File) -> list[str]:
     rows = [
         [
@@ -421,6 +435,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[File], list[str]]]] = {
     "activation": ("Sleep and wake", activation),
     "reclaim": ("Memory from a neighbour's cache", reclaim),
     "sglang": ("SGLang alone", sglang),
+    "gpu-soak": ("Memory given back at once and poisoned, random load", gpu_soak),
     "vmm-cost": ("What committing memory costs", vmm_cost),
     "beside": ("What driver calls cost kernels that run beside them", beside),
 }
