@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,8 @@ from typing import Any, NamedTuple
 import httpx
 import psutil
 import pytest
+
+from kvcached_plugins.demo.servers import free_port
 
 MIB = 1 << 20
 START_TIMEOUT_S = 150.0
@@ -159,9 +160,7 @@ class Server:
     def __init__(
         self, model: Path, log: Path, *, env: Mapping[str, str], arguments: Sequence[str] = ()
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         command = [*self.command(model), "--host", "127.0.0.1", "--port", str(port)]

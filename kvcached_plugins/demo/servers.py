@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -75,7 +76,7 @@ def check_alive(servers: Sequence[Server]) -> None:
 
 
 def _start(spec: ServerSpec, log: Path) -> Server:
-    port = _free_port()
+    port = free_port()
     command = [*spec.engine.command(spec.model), *spec.arguments]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -130,10 +131,14 @@ def _stop(servers: Sequence[Server]) -> None:
         server.process.wait()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port that nobody listens on, below those that the kernel gives to connections; some SGLang
+    releases also want the one 10,000 above."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _tail(log: Path, lines: int = 12) -> str:
