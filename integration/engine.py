@@ -23,8 +23,6 @@ import httpx
 import psutil
 import pytest
 
-from kvcached_plugins.demo.servers import free_port
-
 MIB = 1 << 20
 START_TIMEOUT_S = 150.0
 STOP_TIMEOUT_S = 15.0
@@ -160,6 +158,8 @@ class Server:
     def __init__(
         self, model: Path, log: Path, *, env: Mapping[str, str], arguments: Sequence[str] = ()
     ) -> None:
+        from kvcached_plugins.demo.servers import free_port  # as in serve_command
+
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
