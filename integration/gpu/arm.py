@@ -10,11 +10,11 @@ import contextlib
 import json
 import sys
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
 from integration.gpu import workload
+from integration.gpu.checkpoint import fill
 from integration.gpu.record import EventLog, write_json
 from integration.gpu.workload import Answer, Json, Request
 
@@ -36,12 +36,7 @@ def reseed(worker: Any) -> int:
     with torch.no_grad():
         for name, weight in worker.model_runner.get_model().named_parameters():
             count += weight.numel()
-            if weight.dim() < 2:
-                weight.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            generator = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
-            deviation = 1.0 if "embed" in name else weight.shape[-1] ** -0.5
-            weight.normal_(0.0, deviation, generator=generator)
+            fill(name, weight)
     return count
 
 

@@ -38,6 +38,18 @@ def shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "lm_head.weight", (config["vocab_size"], hidden)
 
 
+def fill(name: str, weight: Any) -> None:
+    """Give a parameter its seeded values, which keep the variance of what passes through."""
+    import torch
+
+    if weight.dim() < 2:
+        weight.fill_(0.0 if name.endswith("bias") else 1.0)
+        return
+    generator = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
+    deviation = 1.0 if "embed" in name else weight.shape[-1] ** -0.5
+    weight.normal_(0.0, deviation, generator=generator)
+
+
 def write(model: Path, folder: Path) -> Path:
     """A copy of the model's folder with ``model.safetensors`` in it, in bfloat16; as large as the
     weights, made on a GPU where there is one. Nothing is done where it is there already."""
@@ -49,10 +61,8 @@ def write(model: Path, folder: Path) -> Path:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensors = {}
     for name, shape in shapes(json.loads((model / "config.json").read_text())):
-        weight = torch.ones(shape, dtype=torch.bfloat16, device=device)
-        if len(shape) > 1:
-            generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-            weight.normal_(0.0, 1.0 if "embed" in name else shape[-1] ** -0.5, generator=generator)
+        weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        fill(name, weight)
         tensors[name] = weight.cpu()
     shutil.copytree(model, folder, dirs_exist_ok=True)
     save_file(tensors, folder / "model.safetensors.new", metadata={"format": "pt"})

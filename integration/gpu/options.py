@@ -174,10 +174,8 @@ def parse_paired(words: Sequence[str], description: str) -> argparse.Namespace:
     _add_common(
         parser, deadline_s=235.0, kv_bytes=30 * GIB, kv_help="of each server; less if need be"
     )
+    _add_two_servers(parser, ready_s=130.0)
     add = parser.add_argument
-    add("--ready-s", type=float, default=130.0, help="how long servers may take to start")
-    add("--utilization", type=float, default=0.3, help="must be free when a server starts, no more")
-    add("--compilation", type=_json, default=GRAPHS, help="{} for vLLM's default")
     add("--requests", type=int, default=48, help="requests whose tokens are compared")
     add("--alone", type=int, default=12, help="of these, how many go one by one")
     add("--longest", type=int, default=1500)
@@ -190,7 +188,6 @@ def parse_paired(words: Sequence[str], description: str) -> argparse.Namespace:
     add("--tail-s", type=float, default=6.0, help="what a run takes besides its arrivals")
     add("--pairs", type=int, default=3, help="at most")
     add("--reset", action="store_true", help="drop caches after each pair: KV grows in each")
-    add("--port", type=int, default=first_port(), help="off; the next one is on")
     return _parse(parser, words, {"selftest": PAIRED_SELFTEST})
 
 
@@ -198,16 +195,13 @@ def parse_soak(words: Sequence[str], description: str) -> argparse.Namespace:
     """Options of soak.py, with the sizes of ``--selftest`` where nothing else was said."""
     parser = argparse.ArgumentParser(prog="soak.py", description=description)
     _add_common(parser, deadline_s=590.0, kv_bytes=3 * GIB, kv_help="of each server")
+    _add_two_servers(parser, ready_s=150.0)
     add = parser.add_argument
     add("--minutes", type=float, default=8.0, help="of load, if the deadline allows")
-    add("--ready-s", type=float, default=150.0, help="how long servers may take to start")
-    add("--utilization", type=float, default=0.3, help="must be free when a server starts, no more")
-    add("--compilation", type=_json, default=GRAPHS, help="{} for vLLM's default")
     add("--wave", type=int, default=96, help="requests of a wave")
     add("--together", type=int, default=64, help="of them at a time, at most")
     add("--longest", type=int, default=1500)
     add("--answer", type=int, default=96, help="tokens of the longest answer")
-    add("--port", type=int, default=first_port(), help="off; the next one is on")
     parser.set_defaults(
         env={"VLLM_BATCH_INVARIANT": "1"},
         plugin_env={
@@ -219,6 +213,15 @@ def parse_soak(words: Sequence[str], description: str) -> argparse.Namespace:
         max_num_seqs=64,
     )
     return _parse(parser, words, {"selftest": SOAK_SELFTEST})
+
+
+def _add_two_servers(parser: argparse.ArgumentParser, ready_s: float) -> None:
+    """Of programs with a stock server and an elastic one at once."""
+    add = parser.add_argument
+    add("--ready-s", type=float, default=ready_s, help="how long servers may take to start")
+    add("--utilization", type=float, default=0.3, help="must be free when a server starts, no more")
+    add("--compilation", type=_json, default=GRAPHS, help="{} for vLLM's default")
+    add("--port", type=int, default=first_port(), help="off; the next one is on")
 
 
 def _add_common(

@@ -2,8 +2,7 @@
 
 One start-up pays for both arms, and what drifts between runs hits both: for a machine that is lent
 for four minutes. First the same greedy requests to both, then vLLM's benchmark, off, on, off, on,
-as long as time allows. Writes paired.json, paired-tokens.json and paired-logs.txt, again after each
-run.
+as long as time allows. Writes paired.json, paired-tokens.json and paired-logs.txt after each run.
 """
 
 from __future__ import annotations
@@ -159,9 +158,8 @@ class Session:
         self.summarise_tokens()
 
     def control(self) -> None:
-        stock = self.servers["off"]
-        stock.post("/reset_prefix_cache", {}, 10.0)
-        self.one_pass(stock, "control")
+        self.servers["off"].forget(10.0)
+        self.one_pass(self.servers["off"], "control")
 
     def one_pass(self, server: Server, name: str) -> None:
         o = self.o
@@ -249,12 +247,9 @@ class Session:
 
     def reset(self) -> None:
         """Both servers forget what they have cached, and ours gives its memory back."""
-        for server in self.servers.values():
+        for name, server in self.servers.items():
             if server.usable and self.o.reseed:
-                self.attempt(
-                    f"{server.name}: reset",
-                    lambda server=server: server.post("/reset_prefix_cache", {}, 1.0),
-                )
+                self.attempt(f"{name}: reset", server.forget)
 
     def mark(self, name: str, ask: bool = False) -> None:
         """What memory is used now. ``ask`` asks the servers too, who should be idle then."""

@@ -83,6 +83,10 @@ class Server:
             text = answer.read()
         return json.loads(text) if text else None
 
+    def forget(self, timeout_s: float = 1.0) -> None:
+        """Drop the prefix cache."""
+        self.post("/reset_prefix_cache", {}, timeout_s)
+
     def call(self, method: str, timeout_s: float = 20.0) -> Any:
         answer = self.post("/collective_rpc", {"method": method}, timeout_s)
         return answer["results"][0]

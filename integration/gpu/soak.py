@@ -20,7 +20,6 @@ import random
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,7 +36,7 @@ from integration.gpu.record import (
     write_tails,
 )
 from integration.gpu.server import Server
-from integration.gpu.tenants import counters
+from integration.gpu.tenants import scrape
 from integration.gpu.workload import Answer, Request
 from integration.probe import wait_for_grant
 from kvcached_vmm.ledger import Ledger
@@ -188,9 +187,7 @@ class Soak:
         preempted: Json = {}
         for name, server in self.servers.items():
             with contextlib.suppress(Exception):
-                url = f"http://127.0.0.1:{server.port}/metrics"
-                with urllib.request.urlopen(url, timeout=5) as answer:
-                    preempted[name] = counters(answer.read().decode())["num_preemptions"]
+                preempted[name] = scrape(server.port)["num_preemptions"]
         return {
             **self.facts,
             "parameters": {name: str(value) for name, value in vars(self.o).items()},

@@ -89,10 +89,11 @@ class Tenant:
                 ours = {"KVCACHED_DIR": str(ledger), "KVCACHED_NAME": name, **o.plugin_env}
                 extra = {**o.env, **ours, **seat.env}
             env = environment(seat.kind == OURS, extra, cache)
-        command = serve_command(arguments)
         if seat.engine == SGLANG:
             command = sglang.command(arguments, seat.kv_bytes // run.token_bytes)
             env |= sglang.site_environment()
+        else:
+            command = serve_command(arguments)
         self.child = Child(command, self.log, env)
         self.client = BurstClient(
             name, folder / f"client-{name}", self.port, arguments.model, run.vocabulary, o
@@ -115,9 +116,7 @@ class Tenant:
         """Some of vLLM's own counters; SGLang's server is started without any."""
         if self.engine == SGLANG:
             return {}
-        url = f"http://127.0.0.1:{self.port}/metrics"
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return counters(answer.read().decode())
+        return scrape(self.port)
 
     def post(self, path: str, timeout_s: float) -> Json:
         """What a POST without a body answers, such as ``/sleep`` and ``/wake_up``."""
@@ -226,6 +225,12 @@ class House:
 
     def describe(self) -> Json:
         return {name: tenant.describe() for name, tenant in self.tenants.items()}
+
+
+def scrape(port: int) -> Json:
+    """Some of the counters of the vLLM server at ``port``."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        return counters(answer.read().decode())
 
 
 def counters(text: str, names: Sequence[str] = COUNTED) -> Json:

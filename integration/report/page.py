@@ -156,10 +156,12 @@ def hand_over(files: Files) -> list[list[object]]:
     rows: list[list[object]] = []
     for name, where in (
         ("bench-reclaim.json", ""),
+        ("bench-reclaim-noisy.json", ", a first run when the machine was busier"),
         ("bench-reclaim-one-process.json", ", its worker in the engine core's process"),
     ):
         file = files.one(name)
-        figures = file.data["figures"] if file else []
+        told = file.data if file else {"figures": []}
+        figures = told["figures"]
         kernel = min((each["median_kernel_seconds"] for each in figures), default=0.0)
         for each in figures:
             step = each["step_seconds"]
@@ -170,7 +172,7 @@ def hand_over(files: Files) -> list[list[object]]:
                     f"the kernel's own {1e3 * kernel:.0f} ms"
                     + (f", a step of {1e3 * step:.0f} ms" if step else "")
                     + ", and 10 ms",
-                    verdict(each["median_seconds"] <= kernel + step + 0.010),
+                    verdict(each["peer"] not in told["missed"]),
                     f"`{name}`",
                 ]
             )
