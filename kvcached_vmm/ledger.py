@@ -271,7 +271,7 @@ class Ledger:
                 the one that others find.
         """
         header = self._header()
-        if header[:5] != self._agreed or header[5] < self._most_used:
+        if header[:5] != self._agreed or not self._most_used <= header[5] <= records.SLOTS:
             raise self._damaged("The header")
         self._most_used = header[5]
         if self._is_replaced:

@@ -122,6 +122,7 @@ damage = st.lists(
 @given(wounds=damage)
 @example(wounds=[(16, b"\xff" * 7)])  # a budget of 64 PiB
 @example(wounds=[(28, bytes(4))])  # nobody is there, it says
+@example(wounds=[(28, b"\x01\x01")])  # 257 are, of 256
 @example(wounds=[(HEADER_BYTES, bytes(8))])  # a record without a process id
 @example(wounds=[(HEADER_BYTES, b"\xff" * RECORD_BYTES * 2)])
 @example(wounds=[(32, b"\xff" * 8)])  # the count of changes
