@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from types import TracebackType
 
 from kvcached_plugins.leftovers import Leftovers
 from kvcached_plugins.refusal import Refusal
@@ -21,7 +22,8 @@ PATIENCE_SECONDS = 60.0
 
 
 class Backing:
-    """Commits and releases the extents of ``arena``. Safe to use from several threads.
+    """Commits and releases the extents of ``arena``. Safe to use from several threads; a ``with``
+    keeps the others out, and at its end the ledger knows what is left over.
 
     What the driver does not take back stays in the ledger, in an account of its own, and is tried
     again until it does: whoever released it need not know.
@@ -38,14 +40,19 @@ class Backing:
         self._lock = threading.RLock()
         self._leftovers = Leftovers(arena, self._lock, join)
 
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Keep other threads out. At the end the ledger knows what is left over."""
-        with self._lock:
-            try:
-                yield
-            finally:
-                self._leftovers.look()
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._leftovers.look()
+        finally:
+            self._lock.release()
 
     def commit(self, extents: Collection[int], afford: Callable[[], None] = lambda: None) -> int:
         """Back ``extents`` with memory, waiting for what others hold; the process ends if none
@@ -64,7 +71,7 @@ class Backing:
         before = self.arena.needed_bytes
         while True:
             try:
-                with self.in_use():
+                with self:
                     if not afforded:
                         afford()
                         afforded = True
@@ -89,7 +96,7 @@ class Backing:
 
     def commit_if_possible(self, extents: Collection[int]) -> None:
         """Back ``extents`` with memory; if the driver refuses, whoever needs them asks again."""
-        with contextlib.suppress(DriverError), self.in_use(), self._timed():
+        with contextlib.suppress(DriverError), self, self._timed():
             self.arena.commit(extents)
 
     def release(self, extents: Collection[int]) -> int:
@@ -98,7 +105,7 @@ class Backing:
         Returns:
             Bytes that they needed, whether the driver has taken them back or not.
         """
-        with self.in_use():
+        with self:
             before = self.arena.needed_bytes
             if extents:
                 with self._timed():

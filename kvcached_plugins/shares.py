@@ -217,7 +217,7 @@ class Shares:
     @property
     def rings(self) -> int:
         """A number that changes when somebody needs us to look."""
-        return self._accounts[0][0].rings
+        return sum(account.rings for account, _ in self._accounts)
 
     def wait_for_bell(self, heard: int, timeout_s: float) -> int:
         """Wait until somebody needs us to look, as ``Account.wait_for_bell`` does."""

@@ -11,8 +11,11 @@ from kvcached_vmm.admission import Admission
 from kvcached_vmm.policy import Spending
 
 ASK_SECONDS = 0.005
-"""How often an engine that takes steps looks whether it owes anything: an answer takes a step
+"""How often an engine that takes steps looks what it owes while others wait: an answer takes a step
 anyway."""
+
+LOOK_SECONDS = 0.05
+"""The same while nobody waits, for the ledger's bell tells when that changes."""
 
 REPORT_SECONDS = 0.05
 """How often the ledger learns what our bytes are good for."""
@@ -73,7 +76,8 @@ class Tenant:
         self._trims = shares.trims()
         self._cache_bytes = shares.cache_bytes()
         pool.admission.limit_bytes = shares.limit_bytes()
-        self._asked = self._reported = self._waiting_since = 0.0
+        self._next_look = self._reported = self._waiting_since = 0.0
+        self._heard = -1
         self._calm_at = 0.0
         self._short_at = -HOLD_SECONDS
         self._wanted = 0
@@ -85,10 +89,11 @@ class Tenant:
             urgent: look now, however recent the last look is.
         """
         now = time.monotonic()
-        if now - self._asked < ASK_SECONDS and not urgent:
-            return []
-        self._asked = now
         shares, pool = self._shares, self._pool
+        rings = shares.rings
+        if now < self._next_look and rings == self._heard and not urgent:
+            return []
+        self._heard = rings
         pool.admission.limit_bytes = shares.limit_bytes()
         self._cache_bytes = shares.cache_bytes()
         pool.bound_cache(self._cache_bytes)
@@ -96,12 +101,14 @@ class Tenant:
         if owed > 0:
             owed -= pool.spending().leaving_bytes
         waits = shares.others_wait()
+        asked = waits or shares.others_covet()
+        self._next_look = now + (ASK_SECONDS if asked else LOOK_SECONDS)
         if waits:
             self._calm_at = now + CALM_SECONDS
             pool.admission.share_bytes = shares.fair_share_bytes()
         elif now > self._calm_at:
             pool.admission.share_bytes = None
-        if waits or shares.others_covet():
+        if asked:
             pool.look_at_cache()
             self.report(force=True)
             owed = max(owed, shares.owed_bytes())

@@ -96,7 +96,7 @@ class WorkerMemory:
     def before_step(self, scheduler_output: Any) -> None:
         """Make resident every block that the step names, and note what it gives back."""
         orders: Orders | None = getattr(scheduler_output, ATTRIBUTE, None)
-        with self._backing.in_use():
+        with self._backing:
             missing = self.arena.missing(chain.from_iterable(named_blocks(scheduler_output)))
             if missing:
                 self._commit(missing)
@@ -111,16 +111,18 @@ class WorkerMemory:
         orders: Orders | None = getattr(scheduler_output, ATTRIBUTE, None)
         if orders is None:
             return
-        with self._backing.in_use():
+        with self._backing:
             self._launched_step = orders.step
             self._last_mark = self._mark()
-            self._backing.release(self._quarantine.take(orders.step - 1))
+            quiet = self._quarantine.take(orders.step - 1)
+            if quiet:
+                self._backing.release(quiet)
             if orders.commit:
                 self._backing.commit_if_possible(orders.commit)
 
     def obey(self, orders: Orders) -> Progress:
         """The engine takes no steps: release what is quiet, without waiting for the device."""
-        with self._backing.in_use():
+        with self._backing:
             self._quarantine.put(orders.step, orders.release)
             self._backing.release(self._quarantine.take(0))
             if self._last_mark is not None and self._last_mark.query():
@@ -133,7 +135,7 @@ class WorkerMemory:
         Args:
             release: carry out now what can be, without waiting for the device.
         """
-        with self._backing.in_use():
+        with self._backing:
             if release:
                 self._backing.release(self._quarantine.take(0))
             waiting = self._quarantine.oldest_step
@@ -142,7 +144,7 @@ class WorkerMemory:
 
     def start(self) -> WorkerReport:
         """Start-up is over: keep the first extent only, and leave the accounts to the engine."""
-        with self._backing.in_use():
+        with self._backing:
             self._mark().synchronize()
             self._backing.release(self.arena.committed - {0})
             if self._starting is not None:
@@ -157,13 +159,13 @@ class WorkerMemory:
 
     def sleep(self) -> None:
         """Give everything back; only ``wake`` may follow."""
-        with self._backing.in_use():
+        with self._backing:
             self._mark().synchronize()
             self._backing.release([*self._quarantine.take(1 << 62), *self.arena.committed])
 
     def close(self) -> None:
         """The engine is gone: give the addresses back too."""
-        with self._backing.in_use():
+        with self._backing:
             self.sleep()
             with contextlib.suppress(DriverError):  # what it keeps is tried again
                 self.arena.close()
