@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -72,20 +71,28 @@ class Life:
             for name in (samples[-1] if samples else ())
         }
 
-    def grown(self, spare: Mapping[str, float], without_us: Mapping[str, float]) -> list[str]:
-        """What holds more than it did, beyond ``spare`` things or what is usual ``without_us``.
+    def until(self, seconds: int) -> Life:
+        """The first ``seconds`` of this life."""
+        young = Life(self.server)
+        young.samples = self.samples[:seconds]
+        return young
+
+    def grown(self, spare: Mapping[str, float], control: Life | None = None) -> list[str]:
+        """What holds more than it did, beyond ``spare`` things or what is usual.
 
         Args:
             spare: by how many the figures that are no memory may grow.
-            without_us: MiB a minute by which an engine's processes grow in stock vLLM.
+            control: of a stock engine under the same load; its memory's growth up to the same age
+                is usual.
         """
         found = []
+        usual = control.until(len(self.samples)).first_and_last() if control else {}
         for name, (first, last) in self.first_and_last().items():
             if name.startswith("memory_mib"):
                 if not self.is_warm:
                     continue
-                usual = 1.1 * without_us.get(name, 0.0) * self.minutes / 2
-                bound = first + max(0.05 * first, usual) + 16
+                was, became = usual.get(name, (0.0, 0.0))
+                bound = first + max(0.05 * first, 1.1 * (became - was)) + 16
             else:
                 bound = first + spare.get(name, 0)
             if last > bound:
@@ -180,11 +187,3 @@ def has_ended(process: psutil.Process) -> bool:
         return is_zombie and len(os.listdir(f"/proc/{process.pid}/task")) == 1
     except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return True
-
-
-def growth(report: Path) -> dict[str, float]:
-    """By how much each figure of an engine grew in a minute of its longest life in a soak."""
-    lives = json.loads(report.read_text())["findings"]["lives"]
-    life = max(lives, key=lambda each: each["minutes"])
-    half = life["minutes"] / 2
-    return {name: (life["last"][name] - was) / half for name, was in life["first"].items()}

@@ -1,14 +1,16 @@
 """Engines under random load with aggressive release, compared with stock vLLM token for token.
 
     python -m integration.soak [--minutes 10] [--engines 1] [--rate R] [--faults]
-        [--poison nan|large] [--workers 1] [--seed S] [--stock] [--against FILE] [--json FILE]
+        [--poison nan|large] [--workers 1] [--seed S] [--control] [--json FILE]
 
 Memory without content goes at once and cached blocks after 0.2 s, so that a block that is used
 after its memory has gone is a fault of the process. Requests arrive in bursts, share prefixes, and
 are cut off by closing their connection; the budget holds a part of them; limits move; a neighbour
 in the ledger grabs memory, gives it back, leaves, and is killed. With ``--faults`` the engines
 themselves, or one of their workers, are killed, ended, stopped and started again. With ``--poison``
-memory that comes and memory that goes is filled with what spoils results.
+memory that comes and memory that goes is filled with what spoils results. With ``--control`` a
+stock engine gets the same kind of load beside them, since a CPU worker of stock vLLM grows, too:
+what one of ours gains is compared with what that one gained up to the same age.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +38,7 @@ from integration.conftest import elastic_env, mixed_requests, write_test_model
 from integration.engine import MIB, Request, Server, generate
 from integration.gpu.record import MemorySampler, facts, write_json
 from integration.mishaps import Mishaps
-from integration.places import Life, Place, growth
+from integration.places import Life, Place
 from kvcached_plugins import control
 from kvcached_vmm.errors import LedgerBusy
 from kvcached_vmm.ledger import Ledger
@@ -57,7 +60,7 @@ class Setup(NamedTuple):
         fault_pause_s: from one of those to the next, from and to.
         poison: what memory that comes and goes is filled with: `nan` or `large`.
         workers: of the last engine, which are tensor parallel; the others have one each.
-        stock: the engines are stock vLLM, to compare with.
+        control: a stock engine gets the same load, to compare with.
     """
 
     minutes: float
@@ -68,7 +71,7 @@ class Setup(NamedTuple):
     fault_pause_s: tuple[float, float] = (20.0, 90.0)
     poison: str = ""
     workers: int = 1
-    stock: bool = False
+    control: bool = False
 
 
 @dataclass
@@ -95,6 +98,8 @@ class Findings:
     left: list[str] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     lives: list[dict[str, Any]] = field(default_factory=list)
+    of_control: dict[str, int] = field(default_factory=dict)
+    """Requests that the stock engine answered, and answers of it that differ."""
 
     def failures(self) -> dict[str, Any]:
         bad = ["different", "errors", "over_committed_bytes", "uncounted_bytes"]
@@ -121,8 +126,6 @@ class Soak:
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._files_in_folder: list[int] = []
-        self.against: Path | None = None
-        """What a soak of stock vLLM found, read at the end: its engines grow, too, on a CPU."""
         budget = BUDGET_BYTES * setup.engines
         env = {
             **elastic_env(self._folder),
@@ -136,27 +139,28 @@ class Soak:
         names = [f"engine-{number}" for number in range(setup.engines)]
 
         def start(name: str, life: int) -> Server:
-            log = folder / f"{name}-{life}.log"
-            if setup.stock:
-                return Server(model, log, env={}, arguments=STOCK)
             workers = setup.workers if name == names[-1] else 1
             arguments = ("--tensor-parallel-size", str(workers))
-            return Server(model, log, env={**env, "KVCACHED_NAME": name}, arguments=arguments)
+            more = {**env, "KVCACHED_NAME": name}
+            return Server(model, folder / f"{name}-{life}.log", env=more, arguments=arguments)
+
+        def start_stock(life: int) -> Server:
+            return Server(model, folder / f"control-{life}.log", env={}, arguments=STOCK)
 
         self.places = [Place(name, functools.partial(start, name)) for name in names]
+        self._control = Place("control", start_stock) if setup.control else None
+        self._all_places = [*self.places, *([self._control] if self._control else [])]
         how = budget, setup.seed, self._over, setup.fault_pause_s
         self._mishaps = Mishaps(self.places, self._folder, *how)
 
     def run(self) -> Findings:
-        for place in self.places:
+        for place in self._all_places:
             place.wait_ready()
-        crowd = itertools.product(self.places, range(CLIENTS))
+        crowd = itertools.product(self._all_places, range(CLIENTS))
         people: list[Callable[[], None]] = [
             functools.partial(self._client, *each) for each in crowd
         ]
-        people.append(self._sample)
-        if not self._setup.stock:
-            people += [self._mishaps.move_limits, self._mishaps.grab, self._watch]
+        people += [self._sample, self._mishaps.move_limits, self._mishaps.grab, self._watch]
         if self._setup.faults:
             people.append(self._mishaps.fell)
         threads = [threading.Thread(target=self._guarded, args=(each,)) for each in people]
@@ -166,7 +170,7 @@ class Soak:
         self._over.set()
         for thread in threads:
             thread.join()
-        if not self._setup.stock and not self.found.errors:
+        if not self.found.errors:
             self._mishaps.lift_limits()
             self._rest()
         self._draw_the_balance()
@@ -174,7 +178,7 @@ class Soak:
 
     def stop(self) -> None:
         self._over.set()
-        for place in self.places:
+        for place in self._all_places:
             place.server.stop()
 
     def _guarded(self, work: Callable[[], None]) -> None:
@@ -198,7 +202,7 @@ class Soak:
             self._count(place, 1)
             try:
                 if lines is not None:
-                    self._cut_off(server, self._requests[index], lines)
+                    self._cut_off(place, server, self._requests[index], lines)
                 else:
                     tokens = server.complete(self._requests[index])
                     self._compare(place, falls, index, tokens, began)
@@ -231,6 +235,10 @@ class Soak:
         expected = self._reference[index]
         with self._lock:
             found = self.found
+            if place is self._control:
+                of_control = Counter(answered=1, different=int(tokens != expected))
+                found.of_control = dict(of_control + Counter(found.of_control))
+                return
             if place.falls != falls and tokens == expected[: len(tokens)] != expected:
                 found.lost += 1  # vLLM answers with what it has when it is asked to end
                 return
@@ -243,7 +251,7 @@ class Soak:
             if tokens != expected:
                 found.different.append(index)
 
-    def _cut_off(self, server: Server, request: Request, lines: int) -> None:
+    def _cut_off(self, place: Place, server: Server, request: Request, lines: int) -> None:
         """Close the connection after a few tokens."""
         body = {"model": "model", "prompt": request.prompt, "max_tokens": request.max_tokens}
         body |= {"temperature": 0, "stream": True}
@@ -253,7 +261,7 @@ class Soak:
                 if count >= lines:
                     break
         with self._lock:
-            self.found.cut_off += 1
+            self.found.cut_off += place is not self._control
 
     def _watch(self) -> None:
         """Is more committed than there is, or more in memory than the ledger knows of?"""
@@ -277,7 +285,7 @@ class Soak:
 
     def _sample(self) -> None:
         while not self._over.wait(1.0):
-            for place in self.places:
+            for place in self._all_places:
                 if not place.up.is_set():
                     continue
                 life, falls = place.lives[-1], place.falls
@@ -305,7 +313,6 @@ class Soak:
 
     def _draw_the_balance(self) -> None:
         found = self.found
-        without_us = growth(self.against) if self.against and self.against.exists() else {}
         found.mishaps = vars(self._mishaps.seen)
         found.left += self._mishaps.seen.not_returned
         for place in self.places:
@@ -313,12 +320,14 @@ class Soak:
                 found.preemptions += int(place.server.metric("vllm:num_preemptions_total"))
                 found.prefix_hits += int(place.server.metric("vllm:prefix_cache_hits_total"))
             for life in place.lives:
-                self._note(place, life, without_us)
+                self._note(place, life)
+        if self._control:
+            self._note(self._control, self._control.lives[0])
         files = self._files_in_folder
         if files and max(files[-10:]) > max(files[: max(1, len(files) // 2)]):
             found.grown.append(f"files in the ledger's folder: {files[0]} -> {files[-1]}")
 
-    def _note(self, place: Place, life: Life, without_us: Mapping[str, float]) -> None:
+    def _note(self, place: Place, life: Life) -> None:
         first_and_last = life.first_and_last()
         if not first_and_last:
             return
@@ -327,8 +336,10 @@ class Soak:
         )
         about = {"engine": place.name, "minutes": round(life.minutes, 1)}
         self.found.lives.append({**about, "first": firsts, "last": lasts})
-        grown = life.grown({"descriptors": CLIENTS, "threads": 4}, without_us)
-        self.found.grown += [f"{place.name}, {each}" for each in grown]
+        if place is not self._control:
+            control = self._control.lives[0] if self._control else None
+            grown = life.grown({"descriptors": CLIENTS, "threads": 4}, control)
+            self.found.grown += [f"{place.name}, {each}" for each in grown]
 
 
 @contextlib.contextmanager
@@ -355,11 +366,10 @@ def main() -> int:
     parser.add_argument("--poison", choices=("nan", "large"), default="", help="fill memory")
     parser.add_argument("--workers", type=int, default=1, help="of the last engine")
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--stock", action="store_true", help="the same without us, to compare with")
-    parser.add_argument("--against", type=Path, help="what --stock --json wrote, for the growth")
+    parser.add_argument("--control", action="store_true", help="a stock engine beside, to compare")
     parser.add_argument("--json", type=Path, help="write the findings here")
     options = vars(parser.parse_args())
-    against, report = options.pop("against"), options.pop("json")
+    report = options.pop("json")
     setup = Setup(**options)
     print(setup, flush=True)
     with tempfile.TemporaryDirectory(prefix="kvc-soak-") as name:
@@ -368,7 +378,6 @@ def main() -> int:
         requests = mixed_requests(120, seed=setup.seed, longest=900)
         stock = generate(model, requests, folder, kv_cache_memory_bytes=256 * MIB)
         with soaking(setup, model, requests, stock.tokens, folder) as soak:
-            soak.against = against
             found = soak.run()
     print(json.dumps(vars(found), indent=1))
     if report:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import cast
 
 from integration.engine import Server
-from integration.places import Life, growth
+from integration.places import Life
 
 SPARE = {"descriptors": 10, "threads": 4}
 
@@ -28,11 +26,11 @@ def live(
 
 
 def test_an_engine_that_holds_what_it_held_has_not_grown() -> None:
-    assert live(600).grown(SPARE, {}) == []
+    assert live(600).grown(SPARE) == []
 
 
 def test_descriptors_that_leak_are_seen_in_any_life() -> None:
-    (found,) = live(60, descriptors=lambda second: 100 + second // 2).grown(SPARE, {})
+    (found,) = live(60, descriptors=lambda second: 100 + second // 2).grown(SPARE)
     assert found.startswith("descriptors")
 
 
@@ -40,24 +38,24 @@ def test_memory_that_leaks_is_seen_once_an_engine_is_warm() -> None:
     def leaking(second: int) -> float:
         return 700 + 20 * second / 60
 
-    assert live(200, leaking).grown(SPARE, {}) == []
-    (found,) = live(1200, leaking).grown(SPARE, {})
+    assert live(200, leaking).grown(SPARE) == []
+    (found,) = live(1200, leaking).grown(SPARE)
     assert found.startswith("memory_mib VLLM::Worker")
 
 
-def test_growth_that_stock_has_as_well_is_not_ours() -> None:
-    def growing(second: int) -> float:
-        return 700 + 32 * second / 60
+def test_growth_that_a_stock_engine_has_as_well_is_not_ours() -> None:
+    def by(mib_per_minute: float) -> Callable[[int], float]:
+        return lambda second: 700 + mib_per_minute * second / 60
 
-    assert live(3600, growing).grown(SPARE, {"memory_mib VLLM::Worker": 33.0}) == []
-    assert live(3600, growing).grown(SPARE, {"memory_mib VLLM::Worker": 20.0})
+    assert live(3600, by(32)).grown(SPARE, control=live(3600, by(31))) == []
+    assert live(3600, by(32)).grown(SPARE, control=live(3600, by(20)))
 
 
-def test_a_report_says_by_how_much_its_longest_life_grew_in_a_minute(tmp_path: Path) -> None:
-    lives = [
-        {"minutes": 2.0, "first": {"descriptors": 1}, "last": {"descriptors": 9}},
-        {"minutes": 10.0, "first": {"descriptors": 100}, "last": {"descriptors": 110}},
-    ]
-    report = tmp_path / "report.json"
-    report.write_text(json.dumps({"findings": {"lives": lives}}))
-    assert growth(report) == {"descriptors": 2.0}
+def test_a_young_engine_is_compared_with_a_stock_one_of_its_age() -> None:
+    def soon_full(second: int) -> float:
+        return 700 + min(second, 300)
+
+    stock = live(3600, soon_full)
+    assert stock.grown(SPARE) == []
+    assert live(360, soon_full).grown(SPARE)
+    assert live(360, soon_full).grown(SPARE, control=stock) == []
