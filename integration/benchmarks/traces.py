@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,11 +123,10 @@ def recorded(model: Path, warm_steps: int, steps: int, seed: int = 0) -> Trace:
         model: a folder with the configuration of any small model; no weights are loaded.
     """
     from vllm.sampling_params import SamplingParams
-    from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
     dice = random.Random(seed)
-    scheduler = _scheduler(model, num_blocks=32768)
+    scheduler = make_scheduler(model, num_blocks=32768)
     recorder = _Recorder(scheduler.kv_cache_manager.block_pool)
     done = []
     for step in range(warm_steps + steps):
@@ -136,19 +135,7 @@ def recorded(model: Path, warm_steps: int, steps: int, seed: int = 0) -> Trace:
             output = max(16, min(1024, int(dice.lognormvariate(5.5, 1))))
             params = SamplingParams(max_tokens=output, ignore_eos=True)
             scheduler.add_request(Request(str(step), prompt, params, None))
-        scheduled = scheduler.schedule()
-        names = list(scheduled.num_scheduled_tokens)
-        requests = [scheduler.requests[name] for name in names]
-        tokens = [[5] if r.num_computed_tokens >= r.num_tokens else [] for r in requests]
-        results = ModelRunnerOutput(
-            req_ids=names,
-            req_id_to_index={name: index for index, name in enumerate(names)},
-            sampled_token_ids=tokens,
-            logprobs=None,
-            prompt_logprobs_dict={},
-            pooler_output=[],
-        )
-        scheduler.update_from_output(scheduled, results)
+        take_step(scheduler)
         done.append(recorder.step())
     return Trace("recorded from the scheduler", tuple(done), warm_steps)
 
@@ -189,7 +176,36 @@ class _Recorder:
         self._free(blocks)
 
 
-def _scheduler(model: Path, num_blocks: int) -> Any:
+def take_step(scheduler: Any, run: Callable[[Any], object] = id) -> None:
+    """One step of vLLM's scheduler, with results made up.
+
+    Args:
+        run: given what was scheduled, in place of a worker.
+    """
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    scheduled = scheduler.schedule()
+    run(scheduled)
+    names = list(scheduled.num_scheduled_tokens)
+    requests = [scheduler.requests[name] for name in names]
+    tokens = [[5] if r.num_computed_tokens >= r.num_tokens else [] for r in requests]
+    results = ModelRunnerOutput(
+        req_ids=names,
+        req_id_to_index={name: index for index, name in enumerate(names)},
+        sampled_token_ids=tokens,
+        logprobs=None,
+        prompt_logprobs_dict={},
+        pooler_output=[],
+    )
+    scheduler.update_from_output(scheduled, results)
+
+
+def make_scheduler(model: Path, num_blocks: int, tensors: Sequence[Any] = ()) -> Any:
+    """vLLM's scheduler over a pool of ``num_blocks``, without workers.
+
+    Args:
+        tensors: how vLLM says that the blocks lie, for those who ask.
+    """
     import torch
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -214,7 +230,7 @@ def _scheduler(model: Path, num_blocks: int) -> Any:
     )
     layout = KVCacheConfig(
         num_blocks=num_blocks,
-        kv_cache_tensors=[],
+        kv_cache_tensors=list(tensors),
         kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
     )
     manager = StructuredOutputManager(config)
