@@ -151,7 +151,7 @@ class Mishaps:
             yield
         except LedgerBusy:
             return
-        except (control.UnknownEngine, control.AmbiguousEngine):
+        except (control.UnknownEngine, control.AmbiguousEngine, LedgerError):
             if place.up.is_set() and place.falls == falls:
                 raise
 

@@ -189,8 +189,10 @@ def soak(files: Files) -> list[list[object]]:
             told += f"; grown: {grown}"
         setup = file.data["setup"]
         who = f"{setup['engines']} engine{'s' if setup['engines'] > 1 else ''}"
-        if setup["stock"]:
+        if setup.get("stock"):
             who += ", stock vLLM"
+        if setup.get("control"):
+            who += " beside a stock one"
         figure = f"soak, {setup['minutes']:g} min, {who}"
         rows.append(
             [
