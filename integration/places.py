@@ -21,8 +21,8 @@ START_TIMEOUT_S = 600.0
 """An engine that starts beside busy ones on two cores takes minutes at worst."""
 
 WARM_SAMPLES = 1800
-"""Seconds; before that processes still touch pages for the first time, each at its own pace: workers
-of the same age under the same load differ by some 60 MiB after 20 minutes."""
+"""Seconds; before that processes touch pages for the first time, each at its own pace: two workers
+of one age under one load differ by some 60 MiB after 20 minutes."""
 
 KILLS = ("all of it killed", "worker killed", "terminated")
 STOPS = ("all of it stopped", "worker stopped")
