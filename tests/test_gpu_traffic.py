@@ -42,6 +42,9 @@ def test_peaks_come_in_turn_and_each_is_highest_in_its_middle() -> None:
         thirds = [sum(10 * i <= at < 10 * (i + 1) for at in moments) for i in range(3)]
         assert thirds[1] > 2 * max(thirds[0], thirds[2])
     assert traffic.ends_s(plan) > 85.0
+    apart = traffic.peaks(["a", "b", "c"], 60.0, 30.0, 8, 2, seed=1, gap_s=16.0)
+    later = [ask.at_s - before.at_s for ask, before in zip(apart["c"], plan["c"], strict=True)]
+    assert later == pytest.approx([32.0] * len(later))
     assert traffic.ends_s({}) == 0.0
 
 

@@ -15,8 +15,9 @@ KINDS = (STOCK, OURS, PEER)
 LOOK_S = 0.05
 PEER_WAIT_S = 60.0
 """For kvcached's build to end, which run.sh starts beside whatever comes first."""
-SWITCHED_ON = "Init kvcached KV cache allocator"
-"""kvcached says this in an engine's log when its patches have taken; else the engine is stock."""
+SWITCHED_ON = ("kvcached MRV2 persistent allocation", "Init kvcached KV cache allocator")
+"""kvcached says one of these in an engine's log when its patches have taken, by vLLM's model runner;
+else the engine is stock."""
 
 
 def kinds(text: str) -> list[str]:
@@ -78,7 +79,8 @@ class Arm:
 
     def _confine(self, house: House) -> bool:
         for tenant in house.tenants.values():
-            if SWITCHED_ON not in tenant.log.read_text(errors="replace"):
+            log = tenant.log.read_text(errors="replace")
+            if not any(told in log for told in SWITCHED_ON):
                 self.run.note(f"{tenant.name}: kvcached did not switch on; its arm is left out")
                 return False
         total = self.run.sampler.total_bytes

@@ -30,6 +30,8 @@ SATURATED = 10.0
 """A mean TTFT this many times its bound: higher rates are left out for this arm."""
 REST_S = 1.0
 """Between rates, so that what one leaves behind is not billed to the next."""
+COLD_S = 45.0
+"""What the first arm's servers need longer to start: their code is compiled and cached then."""
 END_S = 12.0
 """To stop an arm's servers and get their memory back."""
 PUBLISHED = 28.0
@@ -67,6 +69,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--budget", type=parse_size, default=24 * GIB, help="KV bytes of all together")
     add("--rates", type=floats, default=[24.0, 36.0, 48.0, 60.0, 72.0], help="peaks, requests/s")
     add("--seconds", type=float, default=9.0, help="of one model's peak, up and down")
+    add("--gap-s", type=float, default=0.0, help="from the end of a peak to the next")
     add("--tail-s", type=float, default=8.0, help="after the last request of a rate, at most")
     add("--prompt-tokens", type=int, default=256)
     add("--output-tokens", type=int, default=400)
@@ -104,7 +107,7 @@ class Sweep:
         seeds = {name: 7 + number for number, name in enumerate(self.engines)}
         self.arm.house.play("warm-up", o.warmup, seeds, min(self.until, time.time() + 60.0))
         ceiling = float("inf")
-        longest = o.engines * o.seconds + o.tail_s / 2
+        longest = o.engines * (o.seconds + o.gap_s) + o.tail_s / 2
         for rate in slo.sweep_order(o.rates):
             if rate >= ceiling or time.time() + longest + REST_S > self.until:
                 self.left_out.append(rate)
@@ -122,7 +125,8 @@ class Sweep:
         run, o = self.run, self.run.o
         assert self.arm.house is not None
         seed = round(1000 * rate)
-        plan = traffic.peaks(self.engines, rate, o.seconds, o.prompt_tokens, o.output_tokens, seed)
+        sizes = o.prompt_tokens, o.output_tokens
+        plan = traffic.peaks(self.engines, rate, o.seconds, *sizes, seed, o.gap_s)
         label = f"{rate:g}"
         before = self.preemptions()
         at, off, replies = self.arm.house.send(label, plan, seed, o.tail_s, self.until)
@@ -206,7 +210,7 @@ def goals(static_over_ours: Json) -> Json:
 
 
 SAME = (
-    *("engines", "budget", "seconds", "tail_s", "prompt_tokens", "output_tokens"),
+    *("engines", "budget", "seconds", "gap_s", "tail_s", "prompt_tokens", "output_tokens"),
     *("model", "max_num_seqs", "engine_args", "slo_ttft_ms", "slo_tpot_ms", "slo_share"),
 )
 """Parameters that arms must share to be compared."""
@@ -249,7 +253,8 @@ class Comparison:
     def play(self) -> None:
         kinds = self.run.o.arms
         for number, kind in enumerate(kinds):
-            share = self.run.left_s() / (len(kinds) - number)
+            cold_s = 0.0 if number else COLD_S
+            share = cold_s + (self.run.left_s() - cold_s) / (len(kinds) - number)
             sweep = Sweep(self.run, kind, time.time() + share - END_S)
             try:
                 sweep.play(lambda sweep=sweep: self.keep(sweep))

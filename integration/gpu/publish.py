@@ -64,7 +64,7 @@ def publish(folder: Path, results: Path, replace: bool) -> tuple[list[str], list
         name = target(file)
         if not replace and (results / name).exists() and (results / name).read_text() != text:
             # An earlier run stays, also one that is less favourable.
-            moment = re.sub(r"[^0-9]", "", file.moment)[:12]
+            moment = re.sub(r"[^0-9]", "", file.moment)[:14]
             name = f"{name.removesuffix('.json')}-{moment}.json"
         (results / name).write_text(text)
         written.append(name)

@@ -15,8 +15,8 @@ what=${1:?a program of integration/gpu, such as paired, or exec}
 shift
 
 mkdir -p "$k"
-archive=$(cd .gpu && compgen -G 'vllm-*-sm90.tar.xz' || true)
-# Without an archive, what an earlier call unpacked is used.
+# Without an archive, what an earlier call unpacked is used; KVC_ARCHIVE= says so where there is one.
+archive=${KVC_ARCHIVE-$(cd .gpu && compgen -G 'vllm-*-sm90.tar.xz' || true)}
 if [ -n "$archive" ] && [ "$(cat "$k/site.ready" 2>/dev/null)" != "$archive" ]; then
   rm -rf "$k/site" "$k/site.ready"
   tar xf ".gpu/$archive" -C "$k"

@@ -60,13 +60,20 @@ def ramp(peak: float, seconds: float, prompt: int, output: int, seed: int) -> li
 
 
 def peaks(
-    engines: Sequence[str], peak: float, seconds: float, prompt: int, output: int, seed: int
+    engines: Sequence[str],
+    peak: float,
+    seconds: float,
+    prompt: int,
+    output: int,
+    seed: int,
+    gap_s: float = 0.0,
 ) -> dict[str, list[Ask]]:
-    """A ramp on each engine, one after the other: while one peaks, the others rest."""
+    """A ramp on each engine, one after the other: while one peaks, the others rest. ``gap_s`` after
+    each all rest, so that what it left in a queue does not fall into the next one's peak."""
     plan = {}
     for number, engine in enumerate(engines):
         asks = ramp(peak, seconds, prompt, output, seed + number)
-        plan[engine] = [ask._replace(at_s=ask.at_s + number * seconds) for ask in asks]
+        plan[engine] = [ask._replace(at_s=ask.at_s + number * (seconds + gap_s)) for ask in asks]
     return plan
 
 
