@@ -57,6 +57,9 @@ MISTAKES = {
         ("ENABLE_KVCACHED='maybe'", "one of"), {"ENABLE_KVCACHED": "maybe"}
     ),
     "no size": Mistake(("KVCACHED_BUDGET='plenty'", "a size"), {"KVCACHED_BUDGET": "plenty"}),
+    "poison that has to know blocks": Mistake(
+        ("KVCACHED_POISON='nan'", "set it to large"), {"KVCACHED_POISON": "nan"}
+    ),
     "a host cache": Mistake(
         ("HiCache", "unset ENABLE_KVCACHED"), {}, ("--enable-hierarchical-cache",)
     ),

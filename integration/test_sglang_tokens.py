@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -30,11 +31,12 @@ SERVE_LONG = ("run", MANY, MANY + LONG)
 
 
 class Case(NamedTuple):
-    """A way to run SGLang: its arguments, and what it does."""
+    """A way to run SGLang: its arguments and environment, and what it does."""
 
     arguments: dict[str, Any]
     small_budget: bool
     script: tuple[tuple[Any, ...], ...] = (SERVE, FALL)
+    env: Mapping[str, str] = MappingProxyType({})
 
 
 OPTIMIST = {"schedule_conservativeness": 0.01}
@@ -45,6 +47,7 @@ CASES = {
     ),
     "no overlap": Case({"disable_overlap_schedule": True}, True),
     "pages of 16": Case({"page_size": 16}, True),
+    "poison": Case({}, True, env=MappingProxyType({"KVCACHED_POISON": "large"})),
     "retraction": Case(OPTIMIST, True, (SERVE_LONG, FALL)),
     "retraction, pages of 16": Case({**OPTIMIST, "page_size": 16}, True, (SERVE_LONG, FALL)),
 }
@@ -86,6 +89,7 @@ def elastic(
                 "KVCACHED_CACHE_TTL": f"{CACHE_TTL_S}",
                 "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
             }
+            env |= case.env
             if case.small_budget:
                 env["KVCACHED_BUDGET"] = f"{BUDGET_BYTES}"
             done[name] = schedule(model, mixed, case.script, folder, env=env, **case.arguments)

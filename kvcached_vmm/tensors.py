@@ -9,8 +9,9 @@ import torch
 
 from kvcached_vmm.arena import Arena
 from kvcached_vmm.driver import Driver
+from kvcached_vmm.extents import ExtentMap
 from kvcached_vmm.host_driver import HostDriver
-from kvcached_vmm.poison import Fill
+from kvcached_vmm.poison import Fill, Poison, PoisonedArena
 
 
 def device_driver(device: torch.device) -> Driver:
@@ -35,6 +36,15 @@ def arena_tensor(arena: Arena, size_bytes: int, device: torch.device) -> torch.T
         buffer = (ctypes.c_byte * size_bytes).from_address(arena.base)
         return torch.frombuffer(buffer, dtype=torch.int8)
     return torch.as_tensor(_Exported(arena.base, size_bytes), device=device)
+
+
+def make_arena(
+    driver: Driver, extents: ExtentMap, device: torch.device, poison: Poison | None
+) -> Arena:
+    """An arena on ``device``; one that fills what comes and goes if there is a ``poison``."""
+    if poison is None:
+        return Arena(driver, extents)
+    return PoisonedArena(driver, extents, poison, filler(device))
 
 
 def filler(device: torch.device) -> Fill:

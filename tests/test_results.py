@@ -127,7 +127,7 @@ def test_an_earlier_result_stays_when_another_is_published(tmp_path: Path) -> No
     assert "density.json" in refused[0]
     (out / "colocation.json").write_text(json.dumps({**of_gpu("x").data, "notes": ["worse"]}))
     again, _ = publish.publish(out, results, replace=False)
-    assert again == ["colocation-vllm-0.30.0-h200-202611261020.json"]
+    assert again == ["colocation-vllm-0.30.0-h200-20261126102030.json"]
     assert len(list(results.iterdir())) == 2
     assert publish.publish(out, results, replace=True)[0] == written
 

@@ -16,8 +16,8 @@ LOOK_S = 0.05
 PEER_WAIT_S = 60.0
 """For kvcached's build to end, which run.sh starts beside whatever comes first."""
 SWITCHED_ON = ("kvcached MRV2 persistent allocation", "Init kvcached KV cache allocator")
-"""kvcached says one of these in an engine's log when its patches have taken, by vLLM's model runner;
-else the engine is stock."""
+"""kvcached says one of these in an engine's log when its patches have taken, depending on vLLM's
+model runner; else the engine is stock."""
 
 
 def kinds(text: str) -> list[str]:

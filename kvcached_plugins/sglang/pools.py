@@ -17,7 +17,7 @@ from kvcached_plugins.shares import FreeBytes, Shares, default_budget, join, joi
 from kvcached_vmm.arena import Arena
 from kvcached_vmm.errors import EngineUnsupported, KVCachedError
 from kvcached_vmm.extents import EXTENT_BYTES, ExtentMap, Region, blocks_per_extent
-from kvcached_vmm.tensors import arena_tensor, device_driver
+from kvcached_vmm.tensors import arena_tensor, device_driver, make_arena
 from kvcached_vmm.units import ceil_to, format_size
 
 EXTENTS_PER_BUDGET = 64
@@ -185,7 +185,7 @@ def _memory(pool: Any, asked: list[Buffer]) -> PoolMemory:
             "or KVCACHED_MAX, or unset ENABLE_KVCACHED."
         )
     return PoolMemory(
-        Arena(driver, extents),
+        make_arena(driver, extents, device, settings.poison),
         Shares([(account, 1)], FreeBytes(driver)),
         device,
         name,

@@ -22,9 +22,14 @@ def refuse_unsupported(server_args: Any) -> None:
         Refusal: one of them is not what we can work with.
     """
     try:
-        Settings.read()
+        settings = Settings.read()
     except KVCachedError as error:
         raise Refusal(str(error)) from error
+    if settings.poison is not None and settings.poison.spares_blocks:
+        raise Refusal(
+            "KVCACHED_POISON='nan' has to know when a request is first given a block, which "
+            "SGLang's lists on the device do not tell; set it to large, or unset it."
+        )
     reason = unsupported(server_args)
     if reason is not None:
         raise Refusal(f"{reason}; {_TURN_OFF}")

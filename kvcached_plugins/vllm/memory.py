@@ -15,12 +15,11 @@ from kvcached_plugins.settings import Settings
 from kvcached_plugins.shares import default_budget, join_beside
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan, extent_map
 from kvcached_vmm.account import Account
-from kvcached_vmm.arena import Arena
 from kvcached_vmm.errors import DriverError
 from kvcached_vmm.extents import Footprint
 from kvcached_vmm.fence import Mark, Passed, Quarantine
 from kvcached_vmm.poison import PoisonedArena
-from kvcached_vmm.tensors import StreamMarks, arena_tensor, device_driver, filler
+from kvcached_vmm.tensors import StreamMarks, arena_tensor, device_driver, make_arena
 from kvcached_vmm.units import format_size
 
 
@@ -67,12 +66,8 @@ class WorkerMemory:
         share = worker.cache_config.gpu_memory_utilization if on_gpu else 0.0
         self.default_budget_bytes = default_budget(self.driver, share)
         extents = extent_map(kv_cache_config, plan, self.driver.granularity)
-        self._poisoned: PoisonedArena | None = None
-        if settings.poison is not None:
-            self._poisoned = PoisonedArena(
-                self.driver, extents, settings.poison, filler(self.device)
-            )
-        self.arena = self._poisoned or Arena(self.driver, extents)
+        self.arena = make_arena(self.driver, extents, self.device, settings.poison)
+        self._poisoned = self.arena if isinstance(self.arena, PoisonedArena) else None
         self._mark: Callable[[], Mark] = (
             StreamMarks(self.device) if self.device.type == "cuda" else Passed
         )
