@@ -43,6 +43,8 @@ class Life:
         for process in family(self.server.process.pid):
             with contextlib.suppress(psutil.Error, OSError):
                 status = Path(f"/proc/{process.pid}/status").read_text()
+                if "RssAnon:" not in status:  # it has ended, and nobody has asked how
+                    continue
                 kib = int(status.partition("RssAnon:")[2].split()[0])
                 name = f"memory_mib {process.name().partition('_')[0]}"
                 total[name] = max(total[name], kib / 1024)
