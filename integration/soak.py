@@ -98,7 +98,7 @@ class Findings:
     left: list[str] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     lives: list[dict[str, Any]] = field(default_factory=list)
-    of_control: dict[str, int] = field(default_factory=dict)
+    of_control: Counter[str] = field(default_factory=Counter)
     """Requests that the stock engine answered, and answers of it that differ."""
 
     def failures(self) -> dict[str, Any]:
@@ -236,8 +236,7 @@ class Soak:
         with self._lock:
             found = self.found
             if place is self._control:
-                of_control = Counter(answered=1, different=int(tokens != expected))
-                found.of_control = dict(of_control + Counter(found.of_control))
+                found.of_control.update(answered=1, different=tokens != expected)
                 return
             if place.falls != falls and tokens == expected[: len(tokens)] != expected:
                 found.lost += 1  # vLLM answers with what it has when it is asked to end

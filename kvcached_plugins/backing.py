@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from types import TracebackType
 
 from kvcached_plugins.leftovers import Leftovers
 from kvcached_plugins.refusal import Refusal
@@ -43,12 +42,7 @@ class Backing:
     def __enter__(self) -> None:
         self._lock.acquire()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self._leftovers.look()
         finally:
@@ -105,11 +99,12 @@ class Backing:
         Returns:
             Bytes that they needed, whether the driver has taken them back or not.
         """
+        if not extents:
+            return 0
         with self:
             before = self.arena.needed_bytes
-            if extents:
-                with self._timed():
-                    self.arena.decommit(extents)
+            with self._timed():
+                self.arena.decommit(extents)
             return before - self.arena.needed_bytes
 
     @contextlib.contextmanager

@@ -15,7 +15,7 @@ ASK_SECONDS = 0.005
 anyway."""
 
 LOOK_SECONDS = 0.05
-"""The same while nobody waits, for the ledger's bell tells when that changes."""
+"""How often it looks by itself while nobody waits: the ledger's bell tells when that changes."""
 
 REPORT_SECONDS = 0.05
 """How often the ledger learns what our bytes are good for."""

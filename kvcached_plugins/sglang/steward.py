@@ -17,7 +17,7 @@ from kvcached_plugins.sglang.allocators import ElasticPages
 from kvcached_plugins.sglang.demand import demand_pages, is_idle, queued_pages, uncached_pages
 from kvcached_plugins.sglang.memory import PoolMemory
 from kvcached_plugins.sglang.ranks import Agreement
-from kvcached_plugins.tenant import EVERYTHING, Tenant
+from kvcached_plugins.tenant import EVERYTHING, LOOK_SECONDS, Tenant
 from kvcached_vmm.admission import Admission
 from kvcached_vmm.policy import Spending
 from kvcached_vmm.records import AGES, NO_LIMIT
@@ -28,9 +28,6 @@ logger = logging.getLogger("sglang.kvcached")
 CONTEXT_BYTES = GIB
 """CUDA context, libraries and graphs of one engine, which torch does not count (H200: 0.8 to 1.3
 GiB)."""
-
-LOOK_SECONDS = 0.05
-"""How often we look for what may be given back, and whether another engine waits for memory."""
 
 SORT_SECONDS = 0.25
 """How often the free list is put in order beside running requests that nobody presses: it takes

@@ -105,6 +105,11 @@ def get_num_blocks_to_allocate(original: Callable[..., int]) -> Callable[..., in
     Called for each request of each step, nearly always for no block at all. The arguments are
     written out because passing on whatever comes costs six times as much.
     """
+    inner = original
+    if "prefill_end" not in inspect.signature(original).parameters:  # before 0.31
+
+        def inner(*arguments: Any) -> int:
+            return original(*arguments[:-1])
 
     def wrapper(
         coordinator: Any,
@@ -118,7 +123,7 @@ def get_num_blocks_to_allocate(original: Callable[..., int]) -> Callable[..., in
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        count = original(
+        count = inner(
             coordinator,
             request_id,
             num_tokens,
@@ -132,31 +137,7 @@ def get_num_blocks_to_allocate(original: Callable[..., int]) -> Callable[..., in
         )
         return count and _prepare(coordinator, request_id, count, new_computed_blocks)
 
-    def before_0_31(
-        coordinator: Any,
-        request_id: str,
-        num_tokens: int,
-        new_computed_blocks: tuple[Sequence[Any], ...],
-        num_encoder_tokens: int,
-        total_computed_tokens: int,
-        num_local_computed_tokens: int,
-        num_tokens_main_model: int,
-        apply_admission_cap: bool = False,
-    ) -> int:
-        count = original(
-            coordinator,
-            request_id,
-            num_tokens,
-            new_computed_blocks,
-            num_encoder_tokens,
-            total_computed_tokens,
-            num_local_computed_tokens,
-            num_tokens_main_model,
-            apply_admission_cap,
-        )
-        return count and _prepare(coordinator, request_id, count, new_computed_blocks)
-
-    return wrapper if "prefill_end" in inspect.signature(original).parameters else before_0_31
+    return wrapper
 
 
 def _prepare(

@@ -109,9 +109,7 @@ class WorkerMemory:
         with self._backing:
             self._launched_step = orders.step
             self._last_mark = self._mark()
-            quiet = self._quarantine.take(orders.step - 1)
-            if quiet:
-                self._backing.release(quiet)
+            self._backing.release(self._quarantine.take(orders.step - 1))
             if orders.commit:
                 self._backing.commit_if_possible(orders.commit)
 

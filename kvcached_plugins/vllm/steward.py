@@ -15,7 +15,7 @@ from kvcached_plugins import hub
 from kvcached_plugins.backing import PATIENCE_SECONDS
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.shares import FreeBytes, Shares, join
-from kvcached_plugins.tenant import Tenant
+from kvcached_plugins.tenant import LOOK_SECONDS, Tenant
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan, extent_map
 from kvcached_plugins.vllm.memory import (
     Progress,
@@ -42,9 +42,6 @@ there: a commit in front of a step costs time to first token."""
 
 QUIET_SECONDS = 0.1
 """An engine that has not launched a step for this long does not release memory beside its steps."""
-
-LOOK_SECONDS = 0.05
-"""How often the reclaimer thread looks by itself; the ledger's bell wakes it earlier."""
 
 HEARTBEAT_SECONDS = 0.2
 """How often an idle engine shows that it would answer (``fairness.SILENCE_SECONDS``)."""
