@@ -173,10 +173,9 @@ class Server:
                 env=engine_env(env),
                 start_new_session=True,
             )
-        # The server drops a connection after 5 idle seconds, maybe just as it is used again.
-        limits = httpx.Limits(
-            max_connections=256, max_keepalive_connections=64, keepalive_expiry=2.0
-        )
+        # The server drops a connection after 5 idle seconds, maybe just as it is used again; one
+        # that was stopped for so long does so first of all when it goes on.
+        limits = httpx.Limits(max_connections=256, max_keepalive_connections=0)
         self._http = httpx.Client(base_url=self.url, timeout=REQUEST_TIMEOUT_S, limits=limits)
 
     def command(self, model: Path) -> list[str]:

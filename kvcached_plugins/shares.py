@@ -163,6 +163,16 @@ class Shares:
                 counters=self.counters,
             )
 
+    def told_of(self, wanted_bytes: int, coveted_bytes: int) -> bool:
+        """Whether the others know that each worker wants and covets so much."""
+        for account, ranks in self._accounts:
+            wanted, coveted = account.told
+            if wanted < wanted_bytes * ranks:
+                return False
+            if wanted + coveted < (wanted_bytes + coveted_bytes) * ranks:
+                return False
+        return True
+
     def fix(self, fixed_bytes: int) -> None:
         """Tell the others what weights and activations of each worker take, for good."""
         for account, ranks in self._accounts:

@@ -80,7 +80,6 @@ class Tenant:
         self._heard = -1
         self._calm_at = 0.0
         self._short_at = -HOLD_SECONDS
-        self._wanted = 0
 
     def owed(self, urgent: bool = False) -> list[int]:
         """Extents to release for others, or because our own terms have changed.
@@ -130,13 +129,14 @@ class Tenant:
         )
 
     def report(self, force: bool = False) -> None:
-        """Tell the others how we are: at once when a need is new, else now and then."""
-        wanted, coveted = self._pool.admission.shortage()
-        now = time.monotonic()
+        """Tell the others how we are: at once if we need more than they know, else now and then."""
+        admission, now = self._pool.admission, time.monotonic()
+        wanted, coveted = admission.shortage()
+        coveted = min(coveted, max(0, admission.limit_bytes - self._pool.committed_bytes))
         if wanted:
             self._short_at = now
-        new = wanted + coveted > 0 and not self._wanted
-        if not (force or new or now - self._reported >= REPORT_SECONDS):
+        more = bool(wanted or coveted) and not self._shares.told_of(wanted, coveted)
+        if not (force or more or now - self._reported >= REPORT_SECONDS):
             return
         self._reported = now
         if now - self._short_at < HOLD_SECONDS:
@@ -147,5 +147,4 @@ class Tenant:
         elif wanted:
             counters.waits += 1
         self._waiting_since = now if wanted else 0.0
-        self._wanted = wanted + coveted
         self._shares.report(self._pool.spending(), wanted, coveted)

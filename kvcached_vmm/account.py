@@ -83,6 +83,11 @@ class Account:
         return str(busy(ledger.path)) if ledger._writing.is_held_up else ""
 
     @property
+    def told(self) -> tuple[int, int]:
+        """Bytes wanted and coveted that the others know of: as reported, less what was granted."""
+        return self._use.wanted, self._use.coveted
+
+    @property
     def limit_bytes(self) -> int:
         """What this engine may use when it is alone."""
         return min(self.terms.maximum, self.budget_bytes)
@@ -258,8 +263,10 @@ class Account:
         if grant:
             self._reserved += grant
             self._save_sums()
-            if self._use.wanted:
-                self._use = self._use._replace(wanted=max(0, self._use.wanted - grant))
+            wanted, coveted = self.told
+            if wanted or coveted:
+                more = max(0, coveted - max(0, grant - wanted))
+                self._use = self._use._replace(wanted=max(0, wanted - grant), coveted=more)
                 self._save()
         return grant
 

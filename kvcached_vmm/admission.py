@@ -42,8 +42,9 @@ class Admission:
         """``blocks`` that were asked for are not to be had."""
         self._short_blocks = max(self._short_blocks, blocks)
 
-    def made_up_for(self, blocks: int) -> None:
-        """Cached blocks go, because so many more were not granted."""
+    def coveted(self, blocks: int) -> None:
+        """So many more blocks would be welcome, and were not granted: cached blocks go instead, or
+        the reserve is short of them."""
         self._coveted_blocks = max(self._coveted_blocks, blocks)
 
     def settle(self) -> None:
@@ -57,7 +58,7 @@ class Admission:
 
     def shortage(self) -> tuple[int, int]:
         """Bytes that were asked for in the last round and not granted, in whole extents: those that
-        requests wait for, and those that cached blocks made up for."""
+        requests wait for, and those that are only coveted."""
         span, unit = self._extents.blocks_per_extent, self._extents.largest_bytes
         wanted, coveted = (-(-blocks // span) * unit for blocks in self._shortage)
         return wanted, max(0, coveted - wanted)

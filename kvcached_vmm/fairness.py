@@ -95,7 +95,8 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
 
     givers = [each for each in heard if not each.wanted_bytes]
     for giver in sorted(givers, key=lambda each: share_of[each.slot] - each.used_bytes):
-        owe(giver.slot, giver.idle_bytes, wanted + coveted)
+        reserve_is_due = giver.live_bytes > 0
+        owe(giver.slot, giver.idle_bytes, wanted if reserve_is_due else wanted + coveted)
     parcels = sorted(
         (used_at, giver.slot, (giver.evictable_bytes + index) // AGES)
         for giver in givers
@@ -123,5 +124,5 @@ def _needs(accounts: Iterable[AccountView]) -> tuple[int, int, float]:
         wanted += min(account.wanted_bytes, room)
         if account.coveted_bytes and room:
             coveted += min(account.coveted_bytes, room)
-            older_than = max(older_than, account.ages[0])
+            older_than = max(older_than, account.ages[0] if account.evictable_bytes else math.inf)
     return wanted, coveted, older_than

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -26,6 +27,10 @@ of them than a sixteenth of what is live (and as many as are taken): measured wi
 
 APPETITE_SECONDS = 1.0
 """Prompts come in bursts: one that found no memory ready is often followed by another."""
+
+TIGHT_SECONDS = 1.0
+"""How long the whole reserve is wanted after the budget has had too little. What neighbours give
+comes a round or two late, and vLLM preempts a running request that lacks a single block."""
 
 
 class Budget(Protocol):
@@ -56,8 +61,7 @@ class Policy:
         decay_seconds: an idle extent is kept this long for reuse.
         cache_seconds: a cached extent that nobody asks for is kept this long.
         cache_bytes: cached blocks may hold this much before new blocks evict them; None: no bound.
-        reserve_bytes: idle extents kept ready while any block is live, at most: as many as the
-            hungriest scheduling round of late used up (``Appetite``).
+        reserve_bytes: idle extents kept ready while any block is live, at most (``Appetite``).
     """
 
     decay_seconds: float = 0.5
@@ -72,23 +76,37 @@ class Policy:
 
 
 class Appetite:
-    """The most blocks that a scheduling round took, of those in the last one to two seconds."""
+    """How much should be ready: what the hungriest scheduling round of the last one to two seconds
+    took, or the whole reserve while the budget has too little. Times are seconds on one clock.
+
+    Attributes:
+        taken: blocks that were handed out in the round that is not over yet.
+    """
 
     def __init__(self) -> None:
+        self.taken = 0
         self._most = self._before = 0
         self._until = 0.0
+        self._tight_until = -math.inf
 
-    def took(self, blocks: int, now: float) -> None:
-        """A round is over; ``now`` is in seconds."""
+    def settle(self, now: float) -> None:
+        """A round is over."""
         if now >= self._until:
             self._before = self._most if now < self._until + APPETITE_SECONDS else 0
             self._most, self._until = 0, now + APPETITE_SECONDS
-        if blocks > self._most:
-            self._most = blocks
+        if self.taken > self._most:
+            self._most = self.taken
+        self.taken = 0
 
-    @property
-    def blocks(self) -> int:
-        return max(self._most, self._before)
+    def refused(self, now: float) -> None:
+        """The budget had less than was asked of it."""
+        self._tight_until = now + TIGHT_SECONDS
+
+    def extents(self, reserve: int, blocks_per_extent: int, now: float) -> int:
+        """How many idle extents to keep ready, at most ``reserve``."""
+        if now < self._tight_until:
+            return reserve
+        return min(reserve, 1 + max(self._most, self._before) // blocks_per_extent)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,6 @@ class ElasticPool(Generic[B]):
         self._cache = Cache(self._extents, self._owner, self._unit)
         self._resident_blocks = self._granted_blocks = self._leaving = 0
         self._looked = -1.0
-        self._taken = 0
         self._appetite = Appetite()
         self.admission = Admission(extents)
         self.num_free_blocks = 0
@@ -138,7 +137,7 @@ class ElasticPool(Generic[B]):
         """Hand out ``count`` blocks, at most ``num_free_blocks``; the caller holds ``lock``. What
         content the engine still knows them to have it forgets."""
         self.num_free_blocks -= count
-        self._taken += count
+        self._appetite.taken += count
         stack = self._stack
         if count == 1:
             while not stack:
@@ -203,7 +202,7 @@ class ElasticPool(Generic[B]):
         if short > 0:
             short = min(short, self._holding.spare * self._span)
             short -= self._reserve(-(-short // self._span)) * self._span
-            self.admission.made_up_for(short)
+            self.admission.coveted(short)
         if short <= 0 and not over:
             whole = (count - cached_hits) // self._span - len(self._idle)
             self._reserve(whole - self._holding.grants)
@@ -218,17 +217,18 @@ class ElasticPool(Generic[B]):
             Extents that the reserve wants committed ahead of need.
         """
         with self.lock:
-            self.admission.settle()
             ahead: list[int] = []
-            self._appetite.took(self._taken, self._now())
-            self._taken = 0
-            short = self._ready() - len(self._idle)
-            if short > 0 and self.live_blocks:
+            self._appetite.settle(self._now())
+            ready = self._ready()
+            short = ready - len(self._idle)
+            if short > 0:
                 self._reserve(short)
                 while self._holding.grants and len(ahead) < short:
                     extent = self._grow()
                     self._become_idle(extent)
                     ahead.append(extent.index)
+                self.admission.coveted(ready * self._span - self.num_free_blocks)
+            self.admission.settle()
             self._holding.cancel()
             self._count_grants()
             return ahead
@@ -251,9 +251,7 @@ class ElasticPool(Generic[B]):
                 free_blocks = self._sort()
                 if now - self._cache.noted_at >= AGES_SECONDS:
                     self._cache.note_ages(free_blocks, now)
-            spare = len(self._idle)
-            if self.live_blocks:
-                spare -= self._ready()
+            spare = len(self._idle) - self._ready()
             oldest = list(itertools.islice(self._idle, max(0, min(spare, limit))))
             return self._leave(extent for extent in oldest if extent.idle_since <= now - decay)
 
@@ -301,8 +299,7 @@ class ElasticPool(Generic[B]):
         """Ask for the memory of the first extent; False if the budget has none to grant now."""
         with self.lock:
             if self._extents[0].state == EMPTY:
-                self._reserve(1)
-                if not self._holding.grants:
+                if not self._reserve(1):
                     return False
                 self._stack += self._grow().blocks
             return True
@@ -333,8 +330,9 @@ class ElasticPool(Generic[B]):
             self._forget(extent)
 
     def _ready(self) -> int:
-        """How many idle extents to keep ready for what the next round may take."""
-        return min(self.policy.reserve_bytes // self._unit, 1 + self._appetite.blocks // self._span)
+        """How many idle extents to keep ready for what the next rounds may take."""
+        most = self.policy.reserve_bytes // self._unit if self.live_blocks else 0
+        return self._appetite.extents(most, self._span, self._now())
 
     def _next_extent(self) -> Extent[B]:
         """An idle extent, or one that was granted."""
@@ -352,6 +350,8 @@ class ElasticPool(Generic[B]):
         """Ask the budget for ``extents`` more; returns how many it granted."""
         granted = self._holding.reserve(extents)
         self._count_grants()
+        if granted < extents:
+            self._appetite.refused(self._now())
         return granted
 
     def _count_grants(self) -> None:

@@ -77,7 +77,7 @@ def machines(draw: st.DrawFn) -> LedgerView:
                 cached_bytes=evictable,
                 idle_bytes=idle,
                 wanted_bytes=wanted,
-                coveted_bytes=draw(st.sampled_from([0, 0, 9])) if evictable and not wanted else 0,
+                coveted_bytes=0 if wanted else draw(st.sampled_from([0, 0, 9])),
                 demand_bytes=live + wanted,
                 heartbeat=NOW - draw(st.sampled_from([0.0, 0.1, SILENCE_SECONDS + 1])),
                 ages=tuple(sorted(draw(st.lists(st.integers(1, 99), min_size=8, max_size=8)))),
@@ -151,6 +151,22 @@ def test_who_could_evict_its_own_gets_only_older_cache_of_others() -> None:
     coveter = engine(0, committed_bytes=40, evictable_bytes=40, ages=aged(30.0), coveted_bytes=40)
     neighbour = engine(1, committed_bytes=40, evictable_bytes=40, ages=aged(10.0, 20.0, 30.0))
     assert debts(ledger(80, coveter, neighbour), NOW) == {1: 10}
+
+
+def test_who_grows_and_has_no_cache_gets_that_of_others_before_it_runs_out() -> None:
+    growing = engine(0, committed_bytes=40, live_bytes=36, idle_bytes=4, coveted_bytes=10)
+    neighbour = engine(1, committed_bytes=40, evictable_bytes=40, ages=aged(NOW - 0.2))
+    assert debts(ledger(80, growing, neighbour), NOW) == {1: 10}
+
+
+def test_the_reserve_of_one_that_serves_is_for_those_who_wait_not_for_those_who_covet() -> None:
+    """Or two that serve would hand one reserve to and fro."""
+    serving = engine(0, committed_bytes=40, live_bytes=30, idle_bytes=10)
+    resting = engine(1, committed_bytes=8, idle_bytes=8)
+    coveter = engine(2, committed_bytes=32, live_bytes=32, coveted_bytes=10)
+    assert debts(ledger(80, serving, resting, coveter), NOW) == {1: 8}
+    waiter = replace(coveter, coveted_bytes=0, wanted_bytes=10, demand_bytes=42)
+    assert sum(debts(ledger(80, serving, resting, waiter), NOW).values()) == 10
 
 
 def test_one_who_may_not_give_does_not_stand_before_one_who_may() -> None:

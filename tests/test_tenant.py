@@ -29,13 +29,13 @@ BUDGET = 20 * UNIT
 class Engine:
     """A pool that spends shares of a ledger, and a tenant that keeps it honest."""
 
-    def __init__(self, folder: Path, name: str, **terms: int) -> None:
+    def __init__(self, folder: Path, name: str, reserve_bytes: int = 0, **terms: int) -> None:
         self.name = name
         self.account: Account = Ledger.open(folder, "host").join(name, BUDGET, **terms)
         self.queued = 0
         self.blocks = [Block(number) for number in range(LAYOUT.num_blocks)]
         shares = Shares([(self.account, 1)])
-        policy = Policy(decay_seconds=60, cache_seconds=60)
+        policy = Policy(decay_seconds=60, cache_seconds=60, reserve_bytes=reserve_bytes)
         self.pool = ElasticPool(
             self.blocks, LAYOUT, shares, StepClock(), lambda blocks: None, policy
         )
@@ -222,6 +222,51 @@ def test_older_cache_of_others_goes_before_ones_own(engines: tuple[Engine, Engin
     assert ada.give_back() > 0
     assert len(bob.admit(3)) == 12
     assert bob.pool.cached_blocks == before, "this time it grew"
+
+
+def test_who_grows_into_a_neighbours_cache_is_refused_nothing_once_it_has_begun(
+    folder: Path,
+) -> None:
+    """A request that runs and is refused a block is preempted and computed again."""
+    ada, bob = Engine(folder, "ada"), Engine(folder, "bob", reserve_bytes=3 * UNIT)
+    ada.cache(18)
+    assert bob.admit(2) == []
+    ada.give_back()
+    grown = 0
+    while bob.admit(1 + grown % 2):
+        ada.give_back()
+        grown += 1
+    assert grown >= 9, "up to the last extent that ada could spare"
+    assert bob.pool.live_blocks >= 4 * 14
+    ada.account.close()
+    bob.account.close()
+
+
+def test_two_that_serve_leave_each_other_their_reserves(folder: Path) -> None:
+    pair = [Engine(folder, name, reserve_bytes=4 * UNIT) for name in ("ada", "bob")]
+    for _ in range(20):
+        for engine in pair:
+            engine.admit(1)
+    released = 0
+    for _ in range(20):
+        for engine in pair:
+            engine.pool.settle()
+            engine.tenant.report(force=True)
+            released += engine.give_back()
+    assert released == 0
+    for engine in pair:
+        assert engine.pool.live_blocks > 0
+        engine.account.close()
+
+
+def test_who_has_its_maximum_covets_nothing(folder: Path) -> None:
+    ada = Engine(folder, "ada", reserve_bytes=4 * UNIT, maximum_bytes=6 * UNIT)
+    while ada.admit(1):
+        pass
+    ada.pool.settle()
+    ada.tenant.report(force=True)
+    assert ada.seen.coveted_bytes == 0
+    ada.account.close()
 
 
 def test_counters_tell_what_has_happened(engines: tuple[Engine, Engine]) -> None:

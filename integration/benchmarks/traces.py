@@ -200,7 +200,9 @@ def take_step(scheduler: Any, run: Callable[[Any], object] = id) -> None:
     scheduler.update_from_output(scheduled, results)
 
 
-def make_scheduler(model: Path, num_blocks: int, tensors: Sequence[Any] = ()) -> Any:
+def make_scheduler(
+    model: Path, num_blocks: int, tensors: Sequence[Any] = (), prefix_caching: bool = False
+) -> Any:
     """vLLM's scheduler over a pool of ``num_blocks``, without workers.
 
     Args:
@@ -221,7 +223,7 @@ def make_scheduler(model: Path, num_blocks: int, tensors: Sequence[Any] = ()) ->
         max_num_seqs=256,
         max_num_batched_tokens=8192,
         enforce_eager=True,
-        enable_prefix_caching=False,
+        enable_prefix_caching=prefix_caching,
         async_scheduling=False,
     ).create_engine_config()
     config.cache_config.num_gpu_blocks = num_blocks
