@@ -84,6 +84,24 @@ def test_a_shortage_is_told_to_the_neighbours_until_it_is_over(cases: Callable[.
     assert not case.neighbour.others_wait()
 
 
+def test_a_missing_reserve_is_told_to_the_neighbours_before_a_batch_needs_it(
+    cases: Callable[..., Case],
+) -> None:
+    case = cases()
+    case.take_all_but(0)
+    case.scheduler.running_batch = Batch(1)
+    case.steward.launched()
+    case.look(1)
+    assert case.neighbour.others_covet()
+    assert not case.neighbour.others_wait()
+    case.neighbour.release(2 * EXTENT_BYTES)
+    case.look(1)
+    case.steward.launched()
+    assert len(case.memory.book.idle_extents) == 1
+    case.look(1)
+    assert not case.neighbour.others_covet()
+
+
 def test_a_full_batch_takes_more_when_a_neighbour_makes_room(cases: Callable[..., Case]) -> None:
     """SGLang would wait for one of its own requests to end; there may be none."""
     case = cases()

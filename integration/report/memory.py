@@ -7,6 +7,7 @@ from integration.report.files import File, table
 
 def density(file: File) -> list[str]:
     rows = []
+    total = file.facts.get("gpu", {}).get("total_gib")
     for crowd in file.data.get("crowds", []):
         last = crowd["waves"][-1] if crowd["waves"] else {}
         light = crowd.get("light_load", {})
@@ -15,6 +16,7 @@ def density(file: File) -> list[str]:
                 f"{crowd['model']}, {crowd['arm']}",
                 crowd.get("engines", 0),
                 crowd.get("stopped_by"),
+                would_fit(total, last.get("gib_of_each")),
                 crowd["kv_gib_of_each"],
                 last.get("gib_of_each"),
                 last.get("kv_idle_bytes_most"),
@@ -27,6 +29,7 @@ def density(file: File) -> list[str]:
             "model, arm",
             "engines",
             "ended by",
+            "a whole GPU has room for, computed",
             "KV GiB of each, at most",
             "device GiB of each, idle",
             "KV bytes of an idle one, most",
@@ -35,6 +38,11 @@ def density(file: File) -> list[str]:
         ],
         rows,
     )
+
+
+def would_fit(total_gib: float | None, gib_of_each: float | None) -> int | None:
+    """How many engines of this size the whole device has room for: computed, none was started."""
+    return int(total_gib // gib_of_each) if total_gib and gib_of_each else None
 
 
 def footprint(file: File) -> list[str]:

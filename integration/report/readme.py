@@ -20,6 +20,9 @@ RECLAIM = "reclaim-h100.json"
 NEIGHBOURS = "neighbours-h100.json"
 MIXED = "neighbours-sglang-h100.json"
 AWAKE = "activation-h100.json"
+COLOCATED = "colocation-vllm-0.30.0-h200.json"
+COLOCATED_NEW = "colocation-vllm-0.33.0-h200.json"
+GROWTH = "bench-growth.json"
 NONE = "\N{EN DASH}"
 
 
@@ -40,6 +43,10 @@ def tables(files: Files) -> dict[str, list[str]]:
             *_saturated(held[SATURATED]),
             _tokens(held[TOKENS], held[GRAPH_TOKENS], held[PREEMPTED]),
         ],
+        "| Three Llama-3.1-8B": [
+            row for name in (COLOCATED, COLOCATED_NEW) for row in _colocated(held[name])
+        ],
+        "| An engine that grows": [_growth(held[GROWTH])],
     }
 
 
@@ -129,6 +136,36 @@ def _burst(file: File, label: str) -> str:
         cells.append(f"{statistics.fmean(ttft) / 1e3:.2f} / {statistics.fmean(took):.1f} s")
     told = f"{label} (mean TTFT / done after), halves against one budget"
     return _row(told, *cells, file.name)
+
+
+def _colocated(file: File) -> list[str]:
+    """TTFT of each arm by rate; that of an arm that did not run is left out."""
+    arms, version = file.data["arms"], file.facts["versions"]["vllm"]
+    rows = []
+    for rate in sorted(arms["ours"]["rates"], key=float):
+        cells = []
+        for kind in ("static", "kvcached", "ours"):
+            found = arms.get(kind, {"rates": {}})["rates"].get(rate)
+            if found is None:
+                cells.append(NONE)
+                continue
+            ttft = [found["ttft_ms"][what] / 1e3 for what in ("mean", "p99")]
+            share = 100 * found["within_slo"] / found["requests"]
+            cells.append(f"{ttft[0]:.2f} / {ttft[1]:.2f} s; {share:.0f} %")
+        ratio = file.data["ratios"]["static_over_ours"][rate]["p99_ttft_ms"]
+        what = f"peaks of {rate} requests/s, vLLM {version}"
+        rows.append(f"| {what} | {' | '.join(cells)} | {ratio:.0f}x | `{file.name}` |")
+    return rows
+
+
+def _growth(file: File) -> str:
+    cells = []
+    for kind in ("static", "elastic"):
+        found = file.data[kind]
+        first = found["first_token_ms"]
+        told = f"{first['mean']:,.0f} / {first['p99']:,.0f} ms"
+        cells.append(f"{told}; {found['preempted']} of {found['requests']}")
+    return f"| time to first token, mean / p99; preempted | {' | '.join(cells)} | `{GROWTH}` |"
 
 
 def _commit(file: File) -> str:

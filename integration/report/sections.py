@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from integration.report.files import File, Json, table
+from integration.report.files import File, Json, number, table
 from integration.report.memory import beside, density, footprint, reclaim, vmm_cost
 
 TIMES = ("mean", "median", "p99")
@@ -156,7 +156,7 @@ def colocation(file: File) -> list[str]:
                     [
                         f"{rate}/s, {kind}",
                         ttft.get("mean"),
-                        f"{ttft.get('p99')}{bound}",
+                        f"{number(ttft['p99'])}{bound}",
                         tpot.get("mean"),
                         found["requests"],
                         found["within_slo"],

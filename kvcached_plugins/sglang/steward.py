@@ -149,11 +149,17 @@ class Steward:
             self._evict(pages)
 
     def launched(self) -> None:
-        """A batch is on its way: commit ahead of need what the next one may want."""
+        """A batch is on its way: commit ahead of need what the next one may want, or have
+        neighbours told that it is missing."""
         memory = self.memory
         spare = len(memory.book.idle_extents)
         missing = min(self._reserve - spare, memory.book.empty_extents)
-        if missing > 0 and memory.book.room >= missing and not self._pressure:
+        if missing <= 0 or self._pressure:
+            return
+        if memory.book.room < missing:
+            pages = missing * memory.arena.extents.blocks_per_extent
+            self.admission.coveted(pages - self._evictable_pages())
+        else:
             granted = self._grant(missing)
             if granted:
                 self.allocator.gain(memory.grow(granted))
