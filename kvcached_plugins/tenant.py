@@ -15,7 +15,8 @@ ASK_SECONDS = 0.005
 anyway."""
 
 LOOK_SECONDS = 0.05
-"""How often it looks by itself while nobody waits: the ledger's bell tells when that changes."""
+"""How often it looks by itself while nobody waits: the ledger's bell tells when that changes, and
+when others would rather have more."""
 
 REPORT_SECONDS = 0.05
 """How often the ledger learns what our bytes are good for."""
@@ -100,14 +101,13 @@ class Tenant:
         if owed > 0:
             owed -= pool.spending().leaving_bytes
         waits = shares.others_wait()
-        asked = waits or shares.others_covet()
-        self._next_look = now + (ASK_SECONDS if asked else LOOK_SECONDS)
+        self._next_look = now + (ASK_SECONDS if waits else LOOK_SECONDS)
         if waits:
             self._calm_at = now + CALM_SECONDS
             pool.admission.share_bytes = shares.fair_share_bytes()
         elif now > self._calm_at:
             pool.admission.share_bytes = None
-        if asked:
+        if waits or shares.others_covet():
             pool.look_at_cache()
             self.report(force=True)
             owed = max(owed, shares.owed_bytes())
