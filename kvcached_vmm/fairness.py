@@ -71,10 +71,11 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
 
     First what holds no content, from the engine furthest above its fair share on; then cached
     blocks, those that were used longest ago first, whoever has them. An engine that could evict
-    cached blocks of its own gets only older ones. One that waits itself gives what is above its
-    fair share, to those below theirs. Guarantees hold, live blocks are not touched, and what is on
-    its way out counts as free already. Who has not reported for a while, as ``now`` on the
-    monotonic clock tells, is neither counted on nor served: it could not use what others evict.
+    cached blocks of its own gets only older ones. The reserve of one that serves is for those who
+    wait, not for those who covet: two would hand it to and fro. One that waits itself gives what is
+    above its fair share, to those below theirs. Guarantees hold, live blocks are not touched, and
+    what is on its way out counts as free already. Who has not reported for a while, as ``now`` on
+    the monotonic clock tells, is neither counted on nor served: it could not use what others evict.
     """
     shares = fair_shares(view.capacity_bytes, [claim_of(each) for each in view.accounts])
     share_of = {each.slot: share for each, share in zip(view.accounts, shares, strict=True)}
@@ -95,8 +96,8 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
 
     givers = [each for each in heard if not each.wanted_bytes]
     for giver in sorted(givers, key=lambda each: share_of[each.slot] - each.used_bytes):
-        reserve_is_due = giver.live_bytes > 0
-        owe(giver.slot, giver.idle_bytes, wanted if reserve_is_due else wanted + coveted)
+        need = wanted if giver.live_bytes else wanted + coveted
+        owe(giver.slot, giver.idle_bytes, need)
     parcels = sorted(
         (used_at, giver.slot, (giver.evictable_bytes + index) // AGES)
         for giver in givers

@@ -223,7 +223,8 @@ class AccountView:
         idle_bytes: in extents without content, kept for reuse or as the reserve.
         leaving_bytes: in extents whose release waits for kernels to finish.
         wanted_bytes: what requests need and it does not get.
-        coveted_bytes: what it would rather be granted than evict cached blocks of its own.
+        coveted_bytes: what it would rather be granted than evict cached blocks of its own, or what
+            its reserve lacks while it has none.
         demand_bytes: the most that it needed in the last second, cached blocks not counted.
         waiting_since: since when something is wanted; 0 if nothing was at the last report.
         heartbeat: when it last reported, on the monotonic clock.
