@@ -262,12 +262,12 @@ class Account:
             grant = self._grant(wanted_bytes, unit_bytes, free_bytes)
         if grant:
             self._reserved += grant
-            self._save_sums()
             wanted, coveted = self.told
             if wanted or coveted:
                 more = max(0, coveted - max(0, grant - wanted))
                 self._use = self._use._replace(wanted=max(0, wanted - grant), coveted=more)
-                self._save()
+                self._late = True
+            self._save_sums()
         return grant
 
     def _tell(self, counters: Counters | None = None) -> None:

@@ -218,8 +218,8 @@ class ElasticPool(Generic[B]):
         """
         with self.lock:
             ahead: list[int] = []
-            self._appetite.settle(self._now())
-            ready = self._ready()
+            self._appetite.settle(now := self._now())
+            ready = self._ready(now)
             short = ready - len(self._idle)
             if short > 0:
                 self._reserve(short)
@@ -251,7 +251,7 @@ class ElasticPool(Generic[B]):
                 free_blocks = self._sort()
                 if now - self._cache.noted_at >= AGES_SECONDS:
                     self._cache.note_ages(free_blocks, now)
-            spare = len(self._idle) - self._ready()
+            spare = len(self._idle) - self._ready(now)
             oldest = list(itertools.islice(self._idle, max(0, min(spare, limit))))
             return self._leave(extent for extent in oldest if extent.idle_since <= now - decay)
 
@@ -329,10 +329,10 @@ class ElasticPool(Generic[B]):
         while (extent := self._cache.oldest()) and holds(extent):
             self._forget(extent)
 
-    def _ready(self) -> int:
+    def _ready(self, now: float) -> int:
         """How many idle extents to keep ready for what the next rounds may take."""
         most = self.policy.reserve_bytes // self._unit if self.live_blocks else 0
-        return self._appetite.extents(most, self._span, self._now())
+        return self._appetite.extents(most, self._span, now)
 
     def _next_extent(self) -> Extent[B]:
         """An idle extent, or one that was granted."""

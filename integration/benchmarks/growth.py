@@ -20,11 +20,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from integration.benchmarks.step import BLOCK_BYTES, make_elastic
-from integration.benchmarks.traces import BLOCK_TOKENS, make_scheduler, take_step
+from integration.benchmarks.step import BLOCK_BYTES, make_elastic, scheduler_of
+from integration.benchmarks.traces import BLOCK_TOKENS, take_step
 from integration.gpu import traffic
 from integration.gpu.record import MemorySampler, facts, write_json
 from kvcached_vmm.units import MIB
@@ -39,21 +38,13 @@ PATIENCE_S = 90.0
 RESTING = ("resting-a", "resting-b")
 
 
-def scheduler_of(model: Path, blocks: int) -> Any:
-    tensor = SimpleNamespace(
-        size=blocks * BLOCK_BYTES, block_stride=BLOCK_BYTES, offset=0, layers=["layer"]
-    )
-    return make_scheduler(model, blocks, [tensor], prefix_caching=True)
-
-
 def request(name: str, seed: int, prompt: int, answer: int) -> Any:
     """A request whose blocks are cached once they are full, with a prompt of its own."""
     from vllm.sampling_params import SamplingParams
     from vllm.utils.hashing import sha256
-    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher
     from vllm.v1.request import Request
 
-    init_none_hash(sha256)
     dice = random.Random(seed)
     return Request(
         name,
@@ -66,7 +57,7 @@ def request(name: str, seed: int, prompt: int, answer: int) -> Any:
 
 def rest(model: Path) -> None:
     """Serve until half of the budget is cache, say so, and rest until standard input is closed."""
-    scheduler = scheduler_of(model, BLOCKS)
+    scheduler = scheduler_of(model, BLOCKS, prefix_caching=True)
     run = make_elastic(scheduler)
     pool = scheduler.kvcached.pool
     for number in range(BLOCKS // 2 * BLOCK_TOKENS // 2048 + 2):
@@ -79,7 +70,7 @@ def rest(model: Path) -> None:
 
 def peak(model: Path, elastic: bool, rate: float) -> dict[str, Any]:
     """Requests that come faster and then slower again, until all are answered."""
-    scheduler = scheduler_of(model, BLOCKS if elastic else BLOCKS // 3)
+    scheduler = scheduler_of(model, BLOCKS if elastic else BLOCKS // 3, prefix_caching=True)
     run = make_elastic(scheduler) if elastic else id
     asks = traffic.ramp(rate, SECONDS, PROMPT_TOKENS, ANSWER_TOKENS, seed=3)
     requests = [
@@ -117,10 +108,14 @@ def peak(model: Path, elastic: bool, rate: float) -> dict[str, Any]:
 
 def arm(part: str, model: Path, rate: float) -> None:
     """One engine, in this process."""
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import init_none_hash
+
     if part != "static":
         from kvcached_plugins.vllm.plugin import register
 
         register()
+    init_none_hash(sha256)
     if part in RESTING:
         rest(model)
     else:

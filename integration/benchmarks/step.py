@@ -50,6 +50,14 @@ class UniProcExecutor:
         return [getattr(memory, method.removeprefix("kvcached_"))(*args)]
 
 
+def scheduler_of(model: Path, blocks: int, prefix_caching: bool = False) -> Any:
+    """vLLM's scheduler over so many blocks of ``BLOCK_BYTES``, one after the other."""
+    tensor = SimpleNamespace(
+        size=blocks * BLOCK_BYTES, block_stride=BLOCK_BYTES, offset=0, layers=["layer"]
+    )
+    return make_scheduler(model, blocks, [tensor], prefix_caching)
+
+
 def make_elastic(scheduler: Any) -> Callable[[Any], None]:
     """Give a scheduler what our plugin gives it in an engine; returns what stands in for a step of
     the worker."""
@@ -81,10 +89,7 @@ def measure(model: Path, running: int, elastic: bool) -> tuple[list[int], list[i
     from vllm.sampling_params import SamplingParams
     from vllm.v1.request import Request
 
-    tensor = SimpleNamespace(
-        size=BLOCKS * BLOCK_BYTES, block_stride=BLOCK_BYTES, offset=0, layers=["layer"]
-    )
-    scheduler = make_scheduler(model, BLOCKS, [tensor])
+    scheduler = scheduler_of(model, BLOCKS)
     run = make_elastic(scheduler) if elastic else id
     for number in range(running):
         prompt = [number] * (PROMPT_TOKENS + number % BLOCK_TOKENS)
