@@ -43,6 +43,8 @@ def target(file: File) -> str:
         words.append(file.engine_version.replace(" ", "-"))
     if words == ["neighbours"] and file.data["parameters"].get("second", "vllm") != "vllm":
         words.append(file.data["parameters"]["second"])
+    if words == ["overhead"] and file.data.get("engines", 1) > 1:
+        words.append("turns")
     if words == ["activation"] and file.data.get("shape", "8b") != "8b":
         words.append(file.data["shape"])
     gpu = file.facts["gpu"]["name"].removeprefix("NVIDIA ").split()[0]
