@@ -108,6 +108,13 @@ class Appetite:
             return reserve
         return min(reserve, 1 + max(self._most, self._before) // blocks_per_extent)
 
+    def low(self, ready: int, now: float) -> int:
+        """Below how many idle extents more are asked for, where ``ready`` are wanted.
+
+        Neighbours are asked for half of the reserve at a time: a single extent wakes them as often.
+        """
+        return ready // 2 + 1 if now < self._tight_until else ready
+
 
 @dataclass(frozen=True)
 class Spending:

@@ -221,7 +221,7 @@ class ElasticPool(Generic[B]):
             self._appetite.settle(now := self._now())
             ready = self._ready(now)
             short = ready - len(self._idle)
-            if short > 0:
+            if len(self._idle) < self._appetite.low(ready, now):
                 self._reserve(short)
                 while self._holding.grants and len(ahead) < short:
                     extent = self._grow()

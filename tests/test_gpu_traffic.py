@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from integration.gpu import arms, colocation, density, footprint, overhead, peer, slo, traffic
+from integration.gpu import (
+    arms,
+    colocation,
+    density,
+    footprint,
+    machine,
+    overhead,
+    peer,
+    slo,
+    traffic,
+)
 from integration.gpu.burst_client import Streamed
 from integration.gpu.bursts import Reply
 from integration.gpu.slo import CUT_OFF, Point, Slo
@@ -195,6 +205,25 @@ def test_overhead_tells_the_ratio_of_medians_and_names_the_worst_workload(tmp_pa
     assert told["throughput"] == {"on_over_off": 0.99, "at_least": 0.995, "met": False}
     assert (told["mean_ttft"]["workload"], told["mean_ttft"]["met"]) == ("light", False)
     assert overhead.compare({}) == {}
+
+
+def test_where_requests_waited_is_what_the_engine_counted_meanwhile() -> None:
+    names = [f"request_{part}_time_seconds_sum" for part in ("queue", "prefill")]
+    before = {names[0]: 1.0, names[1]: 2.0, "request_prefill_time_seconds_count": 10.0}
+    after = {names[0]: 1.02, names[1]: 2.5, "request_prefill_time_seconds_count": 20.0}
+    assert overhead.in_engine(before, after) == {"queue": 2.0, "prefill": 50.0}
+    assert overhead.in_engine(after, after) == overhead.in_engine({}, {}) == {}
+
+
+def test_a_slow_machine_is_told_from_a_slow_engine() -> None:
+    first = machine.Look(1.0, 1980, 0, (100, 0, 50, 800, 50, 0, 0, 0))
+    last = machine.Look(2.0, 1200, 4, (150, 0, 60, 810, 60, 0, 0, 20))
+    found = machine.summary([first, last])
+    assert found["sm_mhz"] == {"least": 1200, "median": 1590}
+    assert found["clock_reasons"] == "0x4"
+    assert (found["processors_busy"], found["processors_stolen"]) == (0.8, 0.2)
+    assert machine.summary([first]) == {}
+    assert len(machine.ticks()) == 8
 
 
 def test_workloads_of_the_overhead_are_what_their_names_say(tmp_path: Path) -> None:

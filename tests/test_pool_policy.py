@@ -160,6 +160,24 @@ def test_the_reserve_is_kept_ready_while_requests_run_and_not_after() -> None:
     assert sorted(world.tick(1.0)) == [1, 2, 3]
 
 
+def test_a_tight_budget_is_asked_for_half_of_the_reserve_at_a_time() -> None:
+    world = World(
+        ExtentMap(48, [Region(0, PAGE)], PAGE, 4), Policy(decay_seconds=9.0, reserve_bytes=4 * UNIT)
+    )
+
+    def ahead_after_taking(count: int) -> list[int]:
+        world.pool.prepare(count)
+        world.take(count)
+        return world.settle()
+
+    world.budget.limit = UNIT
+    assert ahead_after_taking(3) == [], "the budget has nothing beyond the first extent"
+    world.budget.limit = 99 * UNIT
+    assert ahead_after_taking(0) == [1, 2, 3, 4]
+    assert ahead_after_taking(4) == [], "three are left of four"
+    assert ahead_after_taking(4) == [5, 6]
+
+
 def test_pressure_takes_idle_extents_first_then_the_oldest_cached_ones() -> None:
     world = World(FOUR, Policy(decay_seconds=99.0))
     serve(world, 3 + 4 * 4)

@@ -59,6 +59,21 @@ def test_a_goal_is_met_only_if_every_run_meets_it() -> None:
     assert goals.GOALS[0].row(both)[4] == "**missed**"
 
 
+def test_a_sweep_over_other_rates_does_not_undo_the_best_rate_of_another() -> None:
+    def best(ratio: float, rate: float) -> dict[str, Any]:
+        told = {"best_p99_ttft_static_over_ours": ratio, "best_at": rate, "best_met": ratio >= 28}
+        return {"goals": told}
+
+    high, low = (
+        of_gpu("colocation-a.json", **best(92, 18)),
+        of_gpu("colocation-b.json", **best(22, 12)),
+    )
+    [goal] = [each for each in goals.GOALS if "best ratio" in each.figure]
+    row = goal.row(Files([high, low]))
+    assert ("92.00x at 18/s" in row[3], "22.00x at 12/s" in row[3], row[4]) == (True, True, "met")
+    assert goal.row(Files([low]))[4] == "**missed**"
+
+
 def test_a_trial_on_a_cpu_counts_for_no_goal() -> None:
     file = of_gpu("overhead-a.json", goals={"throughput": {"on_over_off": 1.0, "met": True}})
     trial = File(file.name, {**file.data, "gpu": {"memory_read_with": "host"}})

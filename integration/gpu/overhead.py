@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from integration.gpu import harness, slo, traffic, watch
 from integration.gpu.bursts import Load
+from integration.gpu.machine import MachineSampler
 from integration.gpu.options import GRAPHS
 from integration.gpu.process import exit_on_signals, stop_all
 from integration.gpu.record import GIB, Json
@@ -135,10 +136,12 @@ class Overhead:
         seats = {"off": Seat(o.kv_bytes, STOCK)} | dict.fromkeys(self.turns, elastic)
         self.house = House(run, run.work / "both", seats)
         self.watch = LedgerWatch(self.house.ledger, run.device, 0.1)
+        self.machine = MachineSampler()
 
     def play(self) -> None:
         run, o = self.run, self.run.o
         self.watch.start()
+        self.machine.start()
         if not self.house.wait_ready(min(run.deadline, time.time() + o.ready_s)):
             return
         warm = dict.fromkeys(["off", *self.turns], 7)
@@ -170,9 +173,15 @@ class Overhead:
         if arm == "on":
             engine = self.turns.pop(0)
             self.turns.append(engine)
+        before = self.counted(engine)
         at, off, replies = self.house.send(name, {engine: asks}, seed, o.tail_s, run.deadline)
         found = slo.served(replies[engine], len(asks), ANY, at, off)
         found["engine"] = engine
+        found["engine_ms"] = in_engine(before, self.counted(engine))
+        found["machine"] = self.machine.window(at, time.time())
+        found["first_token_ms"] = [
+            [round(each.started - at, 3), round(1e3 * each.first_s, 1)] for each in replies[engine]
+        ]
         found["at_s"] = round(at - o.started, 2)
         found["device_gib"] = run.sampler.window(at, time.time())
         if arm == "on":
@@ -187,7 +196,15 @@ class Overhead:
         self.runs.setdefault(work.name, {}).setdefault(label.split(":")[0], {})[arm] = found
         print(f"{label} {arm}: ttft {found['ttft_ms']} tpot {found['tpot_ms']}", flush=True)
 
+    def counted(self, engine: str) -> Json:
+        try:
+            return self.house.tenants[engine].metrics()
+        except OSError as error:
+            self.run.note(f"metrics of {engine}: {error}")
+            return {}
+
     def end(self) -> None:
+        self.machine.stop()
         self.watch.stop()
         self.house.stop()
 
@@ -241,6 +258,18 @@ def compare(rounds: Mapping[str, Json]) -> Json:
         **medians,
         "on_over_off": over(medians["off"], medians["on"]),
         "of_each_round": [over(figures(each["off"]), figures(each["on"])) for each in whole],
+    }
+
+
+def in_engine(before: Mapping[str, float], after: Mapping[str, float]) -> Json:
+    """Where vLLM says that its requests waited: mean milliseconds in the queue and in prefill."""
+    spent = {name: after[name] - before.get(name, 0.0) for name in after}
+    count = spent.get("request_prefill_time_seconds_count")
+    if not count:
+        return {}
+    return {
+        part: round(1e3 * spent[f"request_{part}_time_seconds_sum"] / count, 3)
+        for part in ("queue", "prefill")
     }
 
 

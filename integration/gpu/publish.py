@@ -9,6 +9,7 @@ are trials of these programs and are refused: they say nothing of a GPU.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -67,10 +68,19 @@ def publish(folder: Path, results: Path, replace: bool) -> tuple[list[str], list
         if not replace and (results / name).exists() and (results / name).read_text() != text:
             # An earlier run stays, also one that is less favourable.
             moment = re.sub(r"[^0-9]", "", file.moment)[:14]
-            name = f"{name.removesuffix('.json')}-{moment}.json"
+            name = _free(results, f"{name.removesuffix('.json')}-{moment}", text)
         (results / name).write_text(text)
         written.append(name)
     return written, refused
+
+
+def _free(results: Path, stem: str, text: str) -> str:
+    """A name that no other run has: two lanes may have begun in the same second."""
+    for number in itertools.count(1):
+        name = f"{stem}.json" if number == 1 else f"{stem}-{number}.json"
+        if not (results / name).exists() or (results / name).read_text() == text:
+            return name
+    raise AssertionError("numbers do not end")
 
 
 def main() -> int:

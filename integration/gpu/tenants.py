@@ -29,7 +29,11 @@ CALLED_OFF_S = 3.0
 """How long a client may take to report what it has called off."""
 LOAD_S = 0.1
 """How often it is looked whether servers are ready."""
-COUNTED = ("num_preemptions_total", "prefix_cache_hits_total", "request_success_total")
+COUNTED = (
+    *("num_preemptions_total", "prefix_cache_hits_total", "request_success_total"),
+    *("request_queue_time_seconds_sum", "request_prefill_time_seconds_sum"),
+    "request_prefill_time_seconds_count",
+)
 
 
 @dataclass(frozen=True)

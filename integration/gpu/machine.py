@@ -1,0 +1,93 @@
+"""What the machine did meanwhile: the GPU's clock and the processors, ten times a second.
+
+Machines are shared: without this, a second in which everything was slow looks like an arm's fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from integration.gpu.lane import gpu_index
+from integration.gpu.record import Json
+
+INTERVAL_S = 0.1
+IDLE, IO_WAIT, STEAL = 3, 4, 7
+"""Columns of the first line of /proc/stat (proc_stat(5)), after its name."""
+
+
+class Look(NamedTuple):
+    """At a moment in epoch seconds: MHz of the GPU's processors and NVML's bits for why it is not
+    faster, 0 where no GPU answers, and processor time so far by kind, in ticks."""
+
+    at: float
+    sm_mhz: int
+    reasons: int
+    ticks: tuple[int, ...]
+
+
+def ticks() -> tuple[int, ...]:
+    """Processor time of the whole machine since it started, by kind."""
+    line = Path("/proc/stat").read_text().splitlines()[0]
+    return tuple(map(int, line.split()[1:9]))
+
+
+def _clock_reader() -> Callable[[], tuple[int, int]]:
+    """A call that returns the GPU's clock and why it is not higher."""
+    with contextlib.suppress(Exception):
+        import pynvml
+
+        pynvml.nvmlInit()
+        gpu = pynvml.nvmlDeviceGetHandleByIndex(gpu_index())
+
+        def read() -> tuple[int, int]:
+            mhz = pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM)
+            return int(mhz), int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu))
+
+        read()
+        return read
+    return lambda: (0, 0)
+
+
+class MachineSampler(threading.Thread):
+    """Looks from ``start`` to ``stop``."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="machine-sampler")
+        self._clock = _clock_reader()
+        self._looks: list[Look] = []
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.wait(INTERVAL_S):
+            with contextlib.suppress(Exception):
+                self._looks.append(Look(time.time(), *self._clock(), ticks()))
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def window(self, begin: float, end: float) -> Json:
+        return summary([each for each in list(self._looks) if begin <= each.at <= end])
+
+
+def summary(looks: list[Look]) -> Json:
+    """Clocks, and how much of the processors' time was used and was taken by other machines."""
+    if len(looks) < 2:
+        return {}
+    spent = [last - first for first, last in zip(looks[0].ticks, looks[-1].ticks, strict=True)]
+    total = max(1, sum(spent))
+    reasons = 0
+    for each in looks:
+        reasons |= each.reasons
+    clocks = [each.sm_mhz for each in looks]
+    return {
+        "sm_mhz": {"least": min(clocks), "median": statistics.median(clocks)},
+        "clock_reasons": f"{reasons:#x}",
+        "processors_busy": round(1 - (spent[IDLE] + spent[IO_WAIT]) / total, 4),
+        "processors_stolen": round(spent[STEAL] / total, 4),
+    }
