@@ -22,8 +22,17 @@ MIXED = "neighbours-sglang-h100.json"
 AWAKE = "activation-h100.json"
 COLOCATED = "colocation-vllm-0.30.0-h200.json"
 COLOCATED_NEW = "colocation-vllm-0.33.0-h200.json"
+COLOCATED_AGAIN = (
+    "colocation-vllm-0.30.0-h200-20261129134209.json",
+    "colocation-vllm-0.30.0-h200-20261129134209-2.json",
+)
+OVERHEAD = "overhead-h200.json"
+TURNS = "overhead-turns-h200.json"
 GROWTH = "bench-growth.json"
 NONE = "\N{EN DASH}"
+
+
+_MEANS = ("mean_ttft_ms", "mean_tpot_ms")
 
 
 def tables(files: Files) -> dict[str, list[str]]:
@@ -42,9 +51,13 @@ def tables(files: Files) -> dict[str, list[str]]:
         "| NVIDIA H200": [
             *_saturated(held[SATURATED]),
             _tokens(held[TOKENS], held[GRAPH_TOKENS], held[PREEMPTED]),
+            _overhead(held[OVERHEAD]),
+            _turns(held[TURNS]),
         ],
         "| Three Llama-3.1-8B": [
-            row for name in (COLOCATED, COLOCATED_NEW) for row in _colocated(held[name])
+            row
+            for name in (COLOCATED, *COLOCATED_AGAIN, COLOCATED_NEW)
+            for row in _colocated(held[name])
         ],
         "| An engine that grows": [_growth(held[GROWTH])],
     }
@@ -152,10 +165,35 @@ def _colocated(file: File) -> list[str]:
             ttft = [found["ttft_ms"][what] / 1e3 for what in ("mean", "p99")]
             share = 100 * found["within_slo"] / found["requests"]
             cells.append(f"{ttft[0]:.2f} / {ttft[1]:.2f} s; {share:.0f} %")
-        ratio = file.data["ratios"]["static_over_ours"][rate]["p99_ttft_ms"]
+        compared = file.data["ratios"].get("static_over_ours", {}).get(rate)
+        ratio = f"{compared['p99_ttft_ms']:.2g}x" if compared else NONE
         what = f"peaks of {rate} requests/s, vLLM {version}"
-        rows.append(f"| {what} | {' | '.join(cells)} | {ratio:.0f}x | `{file.name}` |")
+        rows.append(f"| {what} | {' | '.join(cells)} | {ratio} | `{file.name}` |")
     return rows
+
+
+def _overhead(file: File) -> str:
+    """One engine that has the device to itself: the least and the most of all workloads."""
+    works = [each["on_over_off"] for each in file.data["workloads"].values()]
+
+    def spread(name: str) -> str:
+        values = sorted(each[name] for each in works)
+        return f"{values[0]:.2f} to {values[-1]:.2f}, median {statistics.median(values):.2f}"
+
+    told = f"TTFT {spread('mean_ttft_ms')}; TPOT {spread('mean_tpot_ms')}"
+    label = f"{len(works)} workloads one after the other, 1 to 2 rounds, a noisy machine: means"
+    return _row(label, "1", told, file.name)
+
+
+def _turns(file: File) -> str:
+    """Elastic engines that take turns beside a stock one."""
+    label = "three elastic engines take turns in the memory that stock has alone: mean TTFT / TPOT"
+    works = file.data["workloads"].items()
+    ratios = [
+        f"{name}: " + " / ".join(f"{each['on_over_off'][key]:.2f}" for key in _MEANS)
+        for name, each in works
+    ]
+    return _row(label, "1", "; ".join(ratios), file.name)
 
 
 def _growth(file: File) -> str:
