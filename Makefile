@@ -38,10 +38,11 @@ unit: setup
 engine: setup
 	.venv/bin/pytest integration -m "not gpu" $(PYTEST_ARGS)
 
-# Unit tests on two cores; an engine wants both for itself. 5: PYTEST_ARGS selects no test in one of the two.
+# Two files at a time: an engine computes with one thread here, and its start, most of the time, too.
+# 5: PYTEST_ARGS selects no test in one of the two.
 test: lint
 	.venv/bin/pytest tests -n 2 --dist loadfile -m "not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]
-	.venv/bin/pytest integration -m "not gpu and not demo" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	.venv/bin/pytest integration -n 2 --dist loadfile -m "not gpu and not demo" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 # An environment of its own: SGLang and vLLM want different versions of torch.
 test-sglang:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -60,8 +61,9 @@ def requests() -> list[Request]:
 
 @pytest.fixture(scope="session")
 def lanes() -> Iterator[Executor]:
-    """Runs what is submitted two at a time: every engine here computes with one thread."""
-    with ThreadPoolExecutor(2) as executor:
+    """Runs what is submitted two at a time, in all processes of pytest-xdist together: every engine
+    here computes with one thread."""
+    with ThreadPoolExecutor(2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) as executor:
         yield executor
 
 

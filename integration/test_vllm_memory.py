@@ -133,6 +133,16 @@ def test_a_sleeping_engine_holds_no_bytes_and_wakes_up_with_the_same_tokens(pair
     assert falls_to_one_extent(server, DECAY_S + SETTLE_S)
 
 
+def test_the_tokens_over_http_are_those_of_stock_vllm_with_both_servers_busy(
+    pair: Pair, requests: list[Request], reference: list[list[int]]
+) -> None:
+    some, expected = requests[-40:], reference[-40:]
+    with ThreadPoolExecutor(2) as threads:
+        answers = [threads.submit(server.complete_all, some) for server in pair[:2]]
+        for answer in answers:
+            assert answer.result() == expected
+
+
 def test_two_servers_take_turns_within_one_budget(pair: Pair) -> None:
     """Bursts that each want more than half of the budget move memory from one to the other."""
     ledger = Ledger.open(pair.folder, "host")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from integration.conftest import Pair, elastic_env
+from integration.conftest import elastic_env
 from integration.engine import MIB, Generated, Request, generate, needs_vllm
 from integration.probe import wait_for_grant
 from kvcached_vmm.ledger import Ledger
@@ -148,11 +148,3 @@ def test_tokens_beside_a_neighbour_who_takes_memory_between_and_during_steps(
     assert differences(some, generated.tokens, reference[-len(some) :]) == []
     assert len(grants) > 20
     assert generated.peak_bytes > 16 * MIB, "the neighbour had nothing to take"
-
-
-def test_tokens_over_http_with_both_servers_busy(
-    pair: Pair, requests: list[Request], reference: list[list[int]]
-) -> None:
-    some, expected = requests[-40:], reference[-40:]
-    for server in (pair.plain, pair.caching):
-        assert differences(some, server.complete_all(some), expected) == []

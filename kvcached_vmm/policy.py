@@ -113,7 +113,7 @@ class Appetite:
 
         Neighbours are asked for half of the reserve at a time: a single extent wakes them as often.
         """
-        return ready // 2 + 1 if now < self._tight_until else ready
+        return min(ready, ready // 2 + 1) if now < self._tight_until else ready
 
 
 @dataclass(frozen=True)
