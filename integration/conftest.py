@@ -67,6 +67,19 @@ def lanes() -> Iterator[Executor]:
         yield executor
 
 
+def asked_for(request: pytest.FixtureRequest, parameter: str) -> set[str]:
+    """Values of ``parameter`` in the tests that were selected in this module: nothing else is
+    worth starting an engine for."""
+    calls = [
+        item.callspec.params
+        for item in request.session.items
+        if isinstance(item, pytest.Function)
+        and item.module is request.module
+        and hasattr(item, "callspec")
+    ]
+    return {params[parameter] for params in calls if parameter in params}
+
+
 @pytest.fixture(scope="session")
 def stock(
     lanes: Executor, model: Path, requests: list[Request], tmp_path_factory: pytest.TempPathFactory

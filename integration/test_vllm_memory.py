@@ -190,6 +190,7 @@ def test_two_servers_take_turns_within_one_budget(pair: Pair) -> None:
     assert min(peaks.values()) > BUDGET_BYTES // 2, f"peaks: {list(peaks.values())} bytes"
 
 
+@pytest.mark.long
 def test_a_second_engine_gets_what_the_first_one_only_keeps_cached(
     plugin: None, model: Path, tmp_path: Path
 ) -> None:

@@ -180,6 +180,7 @@ def test_two_that_are_always_hungry_settle_at_equal_shares(house: House, ledger:
     assert distances[len(distances) // 2] <= 2 * EXTENT_BYTES, distances
 
 
+@pytest.mark.long
 def test_one_is_killed_one_is_stopped_and_one_comes_late(house: House, ledger: Ledger) -> None:
     prompts = burst(16, seed=25, size=900, output=24)
     expected = house.servers["ada"].complete_all(prompts)
@@ -217,6 +218,7 @@ def test_one_is_killed_one_is_stopped_and_one_comes_late(house: House, ledger: L
     assert len(in_ledger) > 100
 
 
+@pytest.mark.long
 def test_a_worker_of_two_is_stopped_at_random_points(house: House, ledger: Ledger) -> None:
     """The late one has two workers. It waits for the one that is stopped; nobody else does."""
     ada, dave = house.servers["ada"], house.servers["dave"]
@@ -244,6 +246,7 @@ def test_a_worker_of_two_is_stopped_at_random_points(house: House, ledger: Ledge
     assert max(in_ledger) <= BUDGET_BYTES
 
 
+@pytest.mark.long
 def test_a_worker_of_two_is_killed_by_the_kernel_if_that_can_be_had(
     house: House, ledger: Ledger
 ) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
-from integration.conftest import elastic_env
+from integration.conftest import asked_for, elastic_env
 from integration.engine import MAX_MODEL_LEN, ONE_PROCESS, Ran, kv_bytes, needs_vllm, run_script
 
 pytestmark = [pytest.mark.engine, needs_vllm]
@@ -64,6 +64,13 @@ OFF = {
 ON = {"one process": ONE_PROCESS, "many processes": MANY_PROCESSES}
 
 
+def cases(names: Iterable[str]) -> list[Any]:
+    """Those with many processes are for `make test-long`."""
+    return [
+        pytest.param(name, marks=[pytest.mark.long] * ("many processes" in name)) for name in names
+    ]
+
+
 class Script(NamedTuple):
     """How a script ended, and the most KV memory that it was seen to hold."""
 
@@ -74,11 +81,17 @@ class Script(NamedTuple):
 
 @pytest.fixture(scope="module")
 def scripts(
-    lanes: Executor, plugin: None, model: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    lanes: Executor,
+    plugin: None,
+    model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Future[Script]]:
     """The scripts of all tests here, started together."""
     made = {}
-    for name, env in {**OFF, **ON}.items():
+    surroundings = {**OFF, **ON}
+    for name in sorted(asked_for(request, "name")):
+        env = surroundings[name]
         home = tmp_path_factory.mktemp("home")
         run = off if name in OFF else on
         made[name] = lanes.submit(run, model, home, env)
@@ -121,7 +134,7 @@ def run(
     return Script(ran, home, max(sizes))
 
 
-@pytest.mark.parametrize("name", OFF)
+@pytest.mark.parametrize("name", cases(OFF))
 def test_switched_off_nothing_of_ours_is_imported_or_made(
     name: str, scripts: dict[str, Future[Script]]
 ) -> None:
@@ -134,7 +147,7 @@ def test_switched_off_nothing_of_ours_is_imported_or_made(
     assert [path for path in home.rglob("*") if "kvcached" in path.name] == []
 
 
-@pytest.mark.parametrize("name", ON)
+@pytest.mark.parametrize("name", cases(ON))
 def test_the_variable_set_in_a_script_before_the_engine_is_made_counts(
     name: str, scripts: dict[str, Future[Script]]
 ) -> None:

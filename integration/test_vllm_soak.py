@@ -12,6 +12,7 @@ from integration.soak import Setup, soaking
 pytestmark = [pytest.mark.engine, needs_vllm]
 
 
+@pytest.mark.long
 def test_a_short_soak_finds_nothing(
     plugin: None,
     model: Path,

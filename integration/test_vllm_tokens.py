@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from integration.conftest import elastic_env
+from integration.conftest import asked_for, elastic_env
 from integration.engine import MIB, Generated, Request, generate, needs_vllm
 from integration.probe import wait_for_grant
 from kvcached_vmm.ledger import Ledger
@@ -44,8 +45,17 @@ CASES = {
 }
 
 
+LONG = {"no prefix caching", "preemption with prefix caching"}
+"""For `make test-long`."""
+
+
+def cases(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in names]
+
+
 @pytest.fixture(scope="module")
 def elastic(
+    request: pytest.FixtureRequest,
     lanes: Executor,
     stock: Future[Generated],
     plugin: None,
@@ -55,7 +65,8 @@ def elastic(
 ) -> dict[str, Future[Generated]]:
     """What an elastic engine makes of each case, soon."""
     made = {}
-    for name, case in CASES.items():
+    for name in sorted(asked_for(request, "name")):
+        case = CASES[name]
         folder = tmp_path_factory.mktemp("tokens")
         env = {**elastic_env(folder / "ledger"), **case.env}
         some = requests[-case.size :]
@@ -86,7 +97,7 @@ def test_the_tokens_of_this_model_tell_whether_its_cache_is_right(
     assert len({token for tokens in reference for token in tokens}) > 500
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(CASES))
 def test_tokens_are_those_of_stock_vllm(
     name: str,
     elastic: dict[str, Future[Generated]],
@@ -100,7 +111,7 @@ def test_tokens_are_those_of_stock_vllm(
     assert differences(requests[-size:], generated.tokens, reference[-size:]) == []
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.env])
+@pytest.mark.parametrize("name", cases(name for name, case in CASES.items() if case.env))
 def test_a_tight_budget_preempts_and_is_kept(
     name: str, elastic: dict[str, Future[Generated]]
 ) -> None:
