@@ -39,11 +39,11 @@ unit: setup
 engine: setup
 	.venv/bin/pytest integration -m "not gpu" $(PYTEST_ARGS)
 
-# Two files at a time: an engine computes with one thread here, and its start, most of the time, too.
+# Unit tests on two cores. Engine tests beside each other gain nothing: starting a server takes both.
 # 5: PYTEST_ARGS selects no test in one of the two.
 test: lint
 	.venv/bin/pytest tests -n 2 --dist loadfile -m "not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]
-	.venv/bin/pytest integration -n 2 --dist loadfile -m "not gpu and not demo and not long" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	.venv/bin/pytest integration -m "not gpu and not demo and not long" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-long: setup
 	.venv/bin/pytest integration -m "long and not gpu" $(PYTEST_ARGS)

@@ -78,6 +78,7 @@ def test_somebody_takes_everything_and_gives_it_back(
     assert wait_until(patient.is_at_rest, 5.0, 0.02), patient.accounts()
 
 
+@pytest.mark.long
 def test_maxima_from_one_request_upwards(
     patient: Patient, requests: list[Request], reference: list[list[int]]
 ) -> None:

@@ -146,6 +146,7 @@ def test_a_bound_of_the_cache_holds_while_nobody_is_short(house: House, ledger: 
         ledger.set_terms(account_of(ledger, "cy"), no_cache_bound=True)
 
 
+@pytest.mark.long
 def test_two_that_are_always_hungry_settle_at_equal_shares(house: House, ledger: Ledger) -> None:
     """One has everything when the other comes; neither ever has enough."""
     ada, bob = house.servers["ada"], house.servers["bob"]

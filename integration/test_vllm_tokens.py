@@ -121,6 +121,7 @@ def test_a_tight_budget_preempts_and_is_kept(
     assert generated.peak_bytes <= BUDGET_BYTES
 
 
+@pytest.mark.long
 def test_tokens_beside_a_neighbour_who_takes_memory_between_and_during_steps(
     plugin: None,
     model: Path,
