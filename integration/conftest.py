@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -61,23 +60,27 @@ def requests() -> list[Request]:
 
 @pytest.fixture(scope="session")
 def lanes() -> Iterator[Executor]:
-    """Runs what is submitted two at a time, in all processes of pytest-xdist together: every engine
-    here computes with one thread."""
-    with ThreadPoolExecutor(2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) as executor:
+    """Runs what is submitted two at a time: every engine here computes with one thread."""
+    with ThreadPoolExecutor(2) as executor:
         yield executor
 
 
-def asked_for(request: pytest.FixtureRequest, parameter: str) -> set[str]:
-    """Values of ``parameter`` in the tests that were selected in this module: nothing else is
-    worth starting an engine for."""
+def cases(names: Iterable[str], long: Collection[str]) -> list[Any]:
+    """Parameters of a test, those in ``long`` for `make test-long`."""
+    return [pytest.param(name, marks=[pytest.mark.long] * (name in long)) for name in names]
+
+
+def asked_for(request: pytest.FixtureRequest, parameter: str) -> list[str]:
+    """Values of ``parameter`` in the selected tests of this module that use the fixture of
+    ``request``: nothing else is worth starting an engine for."""
     calls = [
         item.callspec.params
         for item in request.session.items
         if isinstance(item, pytest.Function)
         and item.module is request.module
-        and hasattr(item, "callspec")
+        and request.fixturename in item.fixturenames
     ]
-    return {params[parameter] for params in calls if parameter in params}
+    return sorted({params[parameter] for params in calls})
 
 
 @pytest.fixture(scope="session")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
-from integration.conftest import asked_for, elastic_env
+from integration.conftest import asked_for, cases, elastic_env
 from integration.engine import MAX_MODEL_LEN, ONE_PROCESS, Ran, kv_bytes, needs_vllm, run_script
 
 pytestmark = [pytest.mark.engine, needs_vllm]
@@ -62,13 +62,7 @@ OFF = {
     "false, one process": {**ONE_PROCESS, "ENABLE_KVCACHED": "false"},
 }
 ON = {"one process": ONE_PROCESS, "many processes": MANY_PROCESSES}
-
-
-def cases(names: Iterable[str]) -> list[Any]:
-    """Those with many processes are for `make test-long`."""
-    return [
-        pytest.param(name, marks=[pytest.mark.long] * ("many processes" in name)) for name in names
-    ]
+LONG = {"unset, many processes", "many processes"}
 
 
 class Script(NamedTuple):
@@ -90,7 +84,7 @@ def scripts(
     """The scripts of all tests here, started together."""
     made = {}
     surroundings = {**OFF, **ON}
-    for name in sorted(asked_for(request, "name")):
+    for name in asked_for(request, "name"):
         env = surroundings[name]
         home = tmp_path_factory.mktemp("home")
         run = off if name in OFF else on
@@ -134,7 +128,7 @@ def run(
     return Script(ran, home, max(sizes))
 
 
-@pytest.mark.parametrize("name", cases(OFF))
+@pytest.mark.parametrize("name", cases(OFF, LONG))
 def test_switched_off_nothing_of_ours_is_imported_or_made(
     name: str, scripts: dict[str, Future[Script]]
 ) -> None:
@@ -147,7 +141,7 @@ def test_switched_off_nothing_of_ours_is_imported_or_made(
     assert [path for path in home.rglob("*") if "kvcached" in path.name] == []
 
 
-@pytest.mark.parametrize("name", cases(ON))
+@pytest.mark.parametrize("name", cases(ON, LONG))
 def test_the_variable_set_in_a_script_before_the_engine_is_made_counts(
     name: str, scripts: dict[str, Future[Script]]
 ) -> None:

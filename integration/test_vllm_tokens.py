@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterable
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from integration.conftest import asked_for, elastic_env
+from integration.conftest import asked_for, cases, elastic_env
 from integration.engine import MIB, Generated, Request, generate, needs_vllm
 from integration.probe import wait_for_grant
 from kvcached_vmm.ledger import Ledger
@@ -46,11 +45,6 @@ CASES = {
 
 
 LONG = {"no prefix caching", "preemption with prefix caching"}
-"""For `make test-long`."""
-
-
-def cases(names: Iterable[str]) -> list[Any]:
-    return [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +59,7 @@ def elastic(
 ) -> dict[str, Future[Generated]]:
     """What an elastic engine makes of each case, soon."""
     made = {}
-    for name in sorted(asked_for(request, "name")):
+    for name in asked_for(request, "name"):
         case = CASES[name]
         folder = tmp_path_factory.mktemp("tokens")
         env = {**elastic_env(folder / "ledger"), **case.env}
@@ -97,7 +91,7 @@ def test_the_tokens_of_this_model_tell_whether_its_cache_is_right(
     assert len({token for tokens in reference for token in tokens}) > 500
 
 
-@pytest.mark.parametrize("name", cases(CASES))
+@pytest.mark.parametrize("name", cases(CASES, LONG))
 def test_tokens_are_those_of_stock_vllm(
     name: str,
     elastic: dict[str, Future[Generated]],
@@ -111,7 +105,7 @@ def test_tokens_are_those_of_stock_vllm(
     assert differences(requests[-size:], generated.tokens, reference[-size:]) == []
 
 
-@pytest.mark.parametrize("name", cases(name for name, case in CASES.items() if case.env))
+@pytest.mark.parametrize("name", cases([name for name in CASES if CASES[name].env], LONG))
 def test_a_tight_budget_preempts_and_is_kept(
     name: str, elastic: dict[str, Future[Generated]]
 ) -> None:

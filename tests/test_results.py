@@ -144,6 +144,10 @@ def test_an_earlier_result_stays_when_another_is_published(tmp_path: Path) -> No
     again, _ = publish.publish(out, results, replace=False)
     assert again == ["colocation-vllm-0.30.0-h200-20261126102030.json"]
     assert len(list(results.iterdir())) == 2
+    (out / "colocation.json").write_text(json.dumps({**of_gpu("x").data, "notes": ["a lane"]}))
+    beside, _ = publish.publish(out, results, replace=False)
+    assert beside == ["colocation-vllm-0.30.0-h200-20261126102030-2.json"]
+    assert publish.publish(out, results, replace=False)[0] == beside
     assert publish.publish(out, results, replace=True)[0] == written
 
 

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from integration.gpu.lane import gpu_index
-from integration.gpu.record import Json
+from integration.gpu.record import Json, nvml_gpu
 
 INTERVAL_S = 0.1
 IDLE, IO_WAIT, STEAL = 3, 4, 7
@@ -40,14 +39,11 @@ def ticks() -> tuple[int, ...]:
 def _clock_reader() -> Callable[[], tuple[int, int]]:
     """A call that returns the GPU's clock and why it is not higher."""
     with contextlib.suppress(Exception):
-        import pynvml
-
-        pynvml.nvmlInit()
-        gpu = pynvml.nvmlDeviceGetHandleByIndex(gpu_index())
+        nvml, gpu = nvml_gpu()
 
         def read() -> tuple[int, int]:
-            mhz = pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM)
-            return int(mhz), int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu))
+            mhz = nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM)
+            return int(mhz), int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu))
 
         read()
         return read

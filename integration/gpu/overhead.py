@@ -12,6 +12,7 @@ has rested for longest: it gets its memory from the caches of the others, where 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -132,8 +133,9 @@ class Overhead:
             beside = (1 + o.engines) * BESIDE_KV
             o.kv_bytes = min(o.kv_bytes, (run.sampler.total_bytes - beside) // 2 // GIB * GIB)
         elastic = Seat(o.kv_bytes, OURS, env={"KVCACHED_BUDGET": str(o.kv_bytes)})
-        self.turns = ["on", *(f"on-{number + 2}" for number in range(o.engines - 1))]
-        seats = {"off": Seat(o.kv_bytes, STOCK)} | dict.fromkeys(self.turns, elastic)
+        names = ["on", *(f"on-{number + 2}" for number in range(o.engines - 1))]
+        self.turns = itertools.cycle(names)
+        seats = {"off": Seat(o.kv_bytes, STOCK)} | dict.fromkeys(names, elastic)
         self.house = House(run, run.work / "both", seats)
         self.watch = LedgerWatch(self.house.ledger, run.device, 0.1)
         self.machine = MachineSampler()
@@ -144,7 +146,7 @@ class Overhead:
         self.machine.start()
         if not self.house.wait_ready(min(run.deadline, time.time() + o.ready_s)):
             return
-        warm = dict.fromkeys(["off", *self.turns], 7)
+        warm = dict.fromkeys(self.house.tenants, 7)
         self.house.play("warm-up", o.warmup, warm, time.time() + 60.0)
         longest: dict[str, float] = {}
         for number in range(o.rounds):
@@ -169,10 +171,7 @@ class Overhead:
         run, o = self.run, self.run.o
         asks = work.asks(seed)
         name = f"{label.replace(':', '-').replace('/', '-per-').replace(' ', '-')}-{arm}"
-        engine = arm
-        if arm == "on":
-            engine = self.turns.pop(0)
-            self.turns.append(engine)
+        engine = next(self.turns) if arm == "on" else arm
         before = self.counted(engine)
         at, off, replies = self.house.send(name, {engine: asks}, seed, o.tail_s, run.deadline)
         found = slo.served(replies[engine], len(asks), ANY, at, off)

@@ -30,16 +30,21 @@ def _nvidia_smi(field: str) -> str:
     return done.stdout.strip().splitlines()[0]
 
 
+def nvml_gpu() -> tuple[Any, Any]:
+    """NVML, and its handle of this lane's GPU; an exception where there is none."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml, pynvml.nvmlDeviceGetHandleByIndex(gpu_index())
+
+
 def _memory_reader() -> tuple[str, Callable[[], tuple[int, int]]]:
     """How device memory is read here: a name and a call that returns (used, total) bytes."""
     with contextlib.suppress(Exception):
-        import pynvml
-
-        pynvml.nvmlInit()
-        gpu = pynvml.nvmlDeviceGetHandleByIndex(gpu_index())
+        nvml, gpu = nvml_gpu()
 
         def from_nvml() -> tuple[int, int]:
-            info = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+            info = nvml.nvmlDeviceGetMemoryInfo(gpu)
             return int(info.used), int(info.total)
 
         from_nvml()

@@ -70,11 +70,10 @@ def _row(label: str, stock: str, ours: str, name: str) -> str:
 
 def _half_load(file: File) -> str:
     median = file.data["summary"]["median"]
-    keys = ("mean_ttft_ms", "mean_tpot_ms")
     stock, ours = (
-        f"{median[arm][keys[0]]:.1f} / {median[arm][keys[1]]:.2f} ms" for arm in ("off", "on")
+        f"{median[arm][_MEANS[0]]:.1f} / {median[arm][_MEANS[1]]:.2f} ms" for arm in ("off", "on")
     )
-    ratio = " / ".join(f"{median['on'][key] / median['off'][key]:.2f}" for key in keys)
+    ratio = " / ".join(f"{median['on'][key] / median['off'][key]:.2f}" for key in _MEANS)
     pairs = sum(name.isdigit() for name in file.data["summary"]["pairs"])
     label = f"half load, 11 req/s, KV grows from nothing in each of {pairs} runs: mean TTFT / TPOT"
     return _row(label, stock, f"{ours} ({ratio})", PAIRED)
@@ -166,7 +165,7 @@ def _colocated(file: File) -> list[str]:
             share = 100 * found["within_slo"] / found["requests"]
             cells.append(f"{ttft[0]:.2f} / {ttft[1]:.2f} s; {share:.0f} %")
         compared = file.data["ratios"].get("static_over_ours", {}).get(rate)
-        ratio = f"{compared['p99_ttft_ms']:.2g}x" if compared else NONE
+        ratio = _times(compared["p99_ttft_ms"]) if compared else NONE
         what = f"peaks of {rate} requests/s, vLLM {version}"
         rows.append(f"| {what} | {' | '.join(cells)} | {ratio} | `{file.name}` |")
     return rows
@@ -194,6 +193,10 @@ def _turns(file: File) -> str:
         for name, each in works
     ]
     return _row(label, "1", "; ".join(ratios), file.name)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.2g}x"
 
 
 def _growth(file: File) -> str:
