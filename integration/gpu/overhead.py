@@ -7,6 +7,9 @@ again with other prompts, for as long as time allows. Writes overhead.json after
 
 With ``--engines 3`` three elastic engines share these bytes, and each workload goes to the one that
 has rested for longest: it gets its memory from the caches of the others, where stock has it all.
+With ``--stock-engines 2`` stock takes turns as well, each of them with all these bytes, and with
+``--roomy`` each elastic engine may have them all: what is left of a difference then is not due to
+rests, or not to what neighbours give up.
 """
 
 from __future__ import annotations
@@ -110,6 +113,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--kv-bytes", type=parse_size, default=30 * GIB, help="of each server; less if need be")
     add("--engines", type=int, default=1, help="elastic engines, which take turns")
+    add("--stock-engines", type=int, default=1, help="stock engines, which take turns")
+    add("--roomy", action="store_true", help="a budget with --kv-bytes for each elastic engine")
     add("--seconds", type=float, default=10.0, help="arrivals of one run")
     add("--tail-s", type=float, default=25.0, help="from the last arrival to the end, at most")
     add("--rounds", type=int, default=3, help="at most, of all workloads")
@@ -129,13 +134,15 @@ class Overhead:
         self.run = run
         self.runs: Json = {}
         self.left_out: list[str] = []
+        slabs = o.stock_engines + (o.engines if o.roomy else 1)
         if run.on_gpu:
-            beside = (1 + o.engines) * BESIDE_KV
-            o.kv_bytes = min(o.kv_bytes, (run.sampler.total_bytes - beside) // 2 // GIB * GIB)
-        elastic = Seat(o.kv_bytes, OURS, env={"KVCACHED_BUDGET": str(o.kv_bytes)})
-        names = ["on", *(f"on-{number + 2}" for number in range(o.engines - 1))]
-        self.turns = itertools.cycle(names)
-        seats = {"off": Seat(o.kv_bytes, STOCK)} | dict.fromkeys(names, elastic)
+            beside = (o.stock_engines + o.engines) * BESIDE_KV
+            o.kv_bytes = min(o.kv_bytes, (run.sampler.total_bytes - beside) // slabs // GIB * GIB)
+        budget = o.kv_bytes * (o.engines if o.roomy else 1)
+        elastic = Seat(o.kv_bytes, OURS, env={"KVCACHED_BUDGET": str(budget)})
+        off, on = numbered("off", o.stock_engines), numbered("on", o.engines)
+        self.turns = {"off": itertools.cycle(off), "on": itertools.cycle(on)}
+        seats = dict.fromkeys(off, Seat(o.kv_bytes, STOCK)) | dict.fromkeys(on, elastic)
         self.house = House(run, run.work / "both", seats)
         self.watch = LedgerWatch(self.house.ledger, run.device, 0.1)
         self.machine = MachineSampler()
@@ -171,7 +178,7 @@ class Overhead:
         run, o = self.run, self.run.o
         asks = work.asks(seed)
         name = f"{label.replace(':', '-').replace('/', '-per-').replace(' ', '-')}-{arm}"
-        engine = next(self.turns) if arm == "on" else arm
+        engine = next(self.turns[arm])
         before = self.counted(engine)
         at, off, replies = self.house.send(name, {engine: asks}, seed, o.tail_s, run.deadline)
         found = slo.served(replies[engine], len(asks), ANY, at, off)
@@ -218,6 +225,8 @@ class Overhead:
                 "caveats": CAVEATS,
                 "kv_bytes": self.run.o.kv_bytes,
                 "engines": self.run.o.engines,
+                "stock_engines": self.run.o.stock_engines,
+                "roomy": self.run.o.roomy,
                 **self.summary(),
                 "left_out": self.left_out,
                 "runs": self.runs,
@@ -225,6 +234,11 @@ class Overhead:
                 "memory_series_gib": self.run.sampler.series(self.run.o.started, time.time(), 1.0),
             }
         )
+
+
+def numbered(name: str, count: int) -> list[str]:
+    """``name``, ``name``-2, and so on."""
+    return [name, *(f"{name}-{number}" for number in range(2, count + 1))]
 
 
 def figures(found: Json) -> dict[str, float]:
