@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from kvcached_plugins.hub import owed_bytes
 from kvcached_plugins.settings import Settings
@@ -15,6 +16,7 @@ from kvcached_vmm.host_driver import HostDriver
 from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.policy import Spending
 from kvcached_vmm.records import NO_LIMIT, Counters
+from kvcached_vmm.units import GIB
 
 logger = logging.getLogger("kvcached")
 
@@ -23,7 +25,16 @@ GPU_SHARE = 0.92
 fragmentation and for what no profile sees."""
 
 FRESH_SECONDS = 0.005
-"""How old what the driver says is free may be: asking takes 10 us on a GPU, 100 us on a host."""
+"""How old what the driver says is free may be. Asking takes 10 us on a GPU and 100 us on a host,
+and milliseconds while another process starts or ends on any GPU of the machine."""
+
+PLENTY_BYTES, PLENTY_FRESH_SECONDS = 4 * GIB, 0.05
+"""If so much is free, engines cannot use it up within this time, and the answer may be this old."""
+
+REFUSED_SECONDS = 0.05
+"""How long a refusal stands if nobody writes into the ledger: an engine in a full budget would ask
+in each step, at 0.2 ms each beside a serving vLLM. A neighbour that gives memory back writes; one
+that is killed does not."""
 
 
 def default_budget(driver: Driver, least_gpu_share: float = 0.0) -> int:
@@ -82,7 +93,8 @@ class FreeBytes:
 
     def __call__(self) -> int:
         now = time.monotonic()
-        if now - self._asked > FRESH_SECONDS:
+        plenty = self._free_bytes > PLENTY_BYTES
+        if now - self._asked > (PLENTY_FRESH_SECONDS if plenty else FRESH_SECONDS):
             self._asked = now
             try:
                 self._free_bytes = self._driver.memory().free_bytes
@@ -91,6 +103,14 @@ class FreeBytes:
                     logger.warning("kvcached: no memory is granted for now: %s", error)
                 self._free_bytes = 0
         return self._free_bytes
+
+
+class _Refusal(NamedTuple):
+    """That not even a unit was to be had, until when that stands, and what was written by then."""
+
+    unit_bytes: int
+    until: float
+    news: list[int]
 
 
 class Shares:
@@ -110,11 +130,15 @@ class Shares:
         self._accounts = accounts
         self._free_bytes = free_bytes
         self._complained = self._held_up = False
+        self._refusal: _Refusal | None = None
         self._fair_share_bytes: int | None = None
         self.counters = Counters()
         """For each worker; counted here as far as the budget sees it."""
 
     def reserve(self, wanted_bytes: int, unit_bytes: int) -> int:
+        if self._is_still_refused(unit_bytes):
+            self.counters.refusals += 1
+            return 0
         granted = wanted_bytes
         free = self._driver_has()
         for index, (account, ranks) in enumerate(self._accounts):
@@ -124,6 +148,8 @@ class Shares:
             granted = given
         if granted < wanted_bytes:
             self.counters.refusals += 1
+        until = time.monotonic() + REFUSED_SECONDS
+        self._refusal = None if granted else _Refusal(unit_bytes, until, self._news())
         return granted
 
     def room_bytes(self) -> int:
@@ -136,6 +162,8 @@ class Shares:
             return 0
 
     def commit(self, granted_bytes: int, used_bytes: int, extents: int = 1) -> None:
+        if used_bytes < granted_bytes:
+            self._refusal = None
         if used_bytes:
             self.counters.commits += extents
         for account, ranks in self._accounts:
@@ -145,6 +173,7 @@ class Shares:
         self.commit(granted_bytes, 0)
 
     def release(self, used_bytes: int) -> None:
+        self._refusal = None
         for account, ranks in self._accounts:
             account.release(used_bytes * ranks)
 
@@ -236,6 +265,17 @@ class Shares:
     def limit_bytes(self) -> int:
         """What each worker could have if no other engine were there."""
         return min(account.limit_bytes // ranks for account, ranks in self._accounts)
+
+    def _is_still_refused(self, unit_bytes: int) -> bool:
+        """Whether nothing has changed since not even one unit was to be had."""
+        last = self._refusal
+        if last is None or unit_bytes < last.unit_bytes or time.monotonic() > last.until:
+            return False
+        news = self._news()
+        return news == last.news and -1 not in news
+
+    def _news(self) -> list[int]:
+        return [account.news for account, _ in self._accounts]
 
     def _driver_has(self) -> int:
         return NO_LIMIT if self._free_bytes is None else self._free_bytes()

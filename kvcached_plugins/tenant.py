@@ -78,7 +78,8 @@ class Tenant:
         self._cache_bytes = shares.cache_bytes()
         pool.admission.limit_bytes = shares.limit_bytes()
         self._next_look = self._reported = self._waiting_since = 0.0
-        self._heard = -1
+        self.heard = -1
+        """What ``Shares.rings`` was when ``owed`` last looked."""
         self._calm_at = 0.0
         self._short_at = -HOLD_SECONDS
 
@@ -91,9 +92,9 @@ class Tenant:
         now = time.monotonic()
         shares, pool = self._shares, self._pool
         rings = shares.rings
-        if now < self._next_look and rings == self._heard and not urgent:
+        if now < self._next_look and rings == self.heard and not urgent:
             return []
-        self._heard = rings
+        self.heard = rings
         pool.admission.limit_bytes = shares.limit_bytes()
         self._cache_bytes = shares.cache_bytes()
         pool.bound_cache(self._cache_bytes)
@@ -147,4 +148,7 @@ class Tenant:
         elif wanted:
             counters.waits += 1
         self._waiting_since = now if wanted else 0.0
+        rings = self._shares.rings
         self._shares.report(self._pool.spending(), wanted, coveted)
+        if rings == self.heard:
+            self.heard = self._shares.rings  # if it has rung since, it was us

@@ -223,6 +223,12 @@ class Account:
         shares = fair_shares(view.capacity_bytes, list(claims.values()))
         return shares[list(claims).index(self.slot)]
 
+    @property
+    def news(self) -> int:
+        """As long as it stays the same, no other process has written into the ledger; -1 if one has
+        since our last call. Cheap."""
+        return self._ledger._writing.news
+
     def view(self) -> LedgerView:
         """The whole ledger, now."""
         return self._ledger.snapshot()

@@ -129,6 +129,12 @@ class Writing:
         """Whether somebody was waited for in vain and has done nothing since."""
         return bool(self._count[0] == self._given_up_at)
 
+    @property
+    def news(self) -> int:
+        """As long as it stays the same, nobody else has written; -1 if somebody has since our last
+        time. Reads without the lock."""
+        return self.epoch if self._count[0] == self._changes else -1
+
     def patiently(self) -> Writing:
         """For a ``with`` whose lock may be waited for as long as a person would."""
         self._patience_s = PATIENT_SECONDS

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kvcached_plugins.shares import Shares
+from kvcached_plugins.shares import REFUSED_SECONDS, Shares
 from kvcached_vmm import records
 from kvcached_vmm.account import Account
 from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.policy import Spending
 from kvcached_vmm.units import MIB
+
+fork = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
@@ -57,6 +63,101 @@ def test_a_device_that_is_full_leaves_no_grant_anywhere(accounts: dict[str, Acco
 def test_what_the_driver_has_free_bounds_a_grant(accounts: dict[str, Account]) -> None:
     shares = Shares([(accounts["GPU-a"], 1)], free_bytes=lambda: 20 * MIB)
     assert shares.reserve(64 * MIB, 8 * MIB) == 16 * MIB
+
+
+class FullHouse:
+    """An engine that was refused, its neighbour that has it all, and how often the driver was asked
+    what it has free."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("kvcached_plugins.shares.REFUSED_SECONDS", 3600.0)
+        self.asked = 0
+        self.account = Ledger.open(folder, "GPU-a").join("engine", 100 * MIB)
+        self.neighbour = Ledger.open(folder, "GPU-a").join("neighbour", None)
+        self.shares = Shares([(self.account, 1)], self._free_bytes)
+        self.shares.commit(self.shares.reserve(40 * MIB, MIB), 40 * MIB)
+        self.neighbour.commit(self.neighbour.reserve(60 * MIB), 60 * MIB)
+        self.shares.report(Spending(0, 0, 0, 0, 0, ()), wanted_bytes=0, coveted_bytes=MIB)
+        assert self.shares.reserve(4 * MIB, MIB) == 0
+
+    def _free_bytes(self) -> int:
+        self.asked += 1
+        return 1000 * MIB
+
+
+@pytest.fixture
+def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FullHouse]:
+    house = FullHouse(tmp_path / "ledgers", monkeypatch)
+    yield house
+    house.neighbour.close()
+    house.account.close()
+
+
+def test_nobody_is_asked_again_while_a_refusal_stands(full: FullHouse) -> None:
+    """Each step of an engine in a full budget asks, and a driver takes milliseconds at times."""
+    asked = full.asked
+    refusals = full.shares.counters.refusals
+    full.shares.report(Spending(0, 0, 0, 0, 0, ()), wanted_bytes=0, coveted_bytes=2 * MIB)
+    assert [full.shares.reserve(count * MIB, MIB) for count in (1, 4, 9)] == [0, 0, 0]
+    assert full.asked == asked
+    assert full.shares.counters.refusals == refusals + 3
+
+
+@pytest.mark.parametrize("what", ["less", "nothing"])
+def test_a_refusal_ends_when_a_neighbour_needs(full: FullHouse, what: str) -> None:
+    if what == "less":
+        full.neighbour.release(4 * MIB)
+    else:
+        full.neighbour.close()
+    assert full.shares.reserve(4 * MIB, MIB) == 4 * MIB
+
+
+def test_a_refusal_ends_when_we_may_have_more(full: FullHouse, tmp_path: Path) -> None:
+    full.neighbour.release(60 * MIB)
+    with contextlib.closing(Ledger.open(tmp_path / "ledgers", "GPU-a")) as other:
+        (own, _) = sorted(other.snapshot().accounts, key=lambda each: each.slot)
+        other.set_terms(own, maximum_bytes=40 * MIB)
+        assert full.shares.reserve(4 * MIB, MIB) == 0
+        other.set_terms(own, maximum_bytes=44 * MIB)
+    assert full.shares.reserve(8 * MIB, MIB) == 4 * MIB
+
+
+def test_a_refusal_ends_when_we_give_back_ourselves(full: FullHouse) -> None:
+    full.shares.release(2 * MIB)
+    assert full.shares.reserve(2 * MIB, MIB) == 2 * MIB
+    assert full.shares.reserve(2 * MIB, MIB) == 0
+    full.shares.cancel(2 * MIB)
+    assert full.shares.reserve(2 * MIB, MIB) == 2 * MIB
+
+
+def test_less_than_was_refused_may_be_there(full: FullHouse) -> None:
+    full.shares.release(MIB)
+    assert full.shares.reserve(8 * MIB, 2 * MIB) == 0
+    assert full.shares.reserve(MIB, MIB) == MIB
+
+
+def test_a_refusal_does_not_outlast_a_neighbour_that_was_killed(tmp_path: Path) -> None:
+    """It writes nothing when it dies: only time tells."""
+    folder = tmp_path / "ledgers"
+    account = Ledger.open(folder, "GPU-a").join("engine", 100 * MIB)
+    ours, theirs = fork.Pipe()
+
+    def hoard() -> None:
+        theirs.send(Ledger.open(folder, "GPU-a").join("neighbour", None).reserve(100 * MIB))
+        signal.pause()
+
+    process = fork.Process(target=hoard, daemon=True)
+    process.start()
+    assert ours.recv() == 100 * MIB
+    shares = Shares([(account, 1)])
+    assert shares.reserve(4 * MIB, MIB) == 0
+    process.kill()
+    process.join()
+    ended = time.monotonic()
+    while not shares.reserve(4 * MIB, MIB):
+        assert time.monotonic() < ended + REFUSED_SECONDS + 1.0
+        time.sleep(0.001)
+    account.close()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

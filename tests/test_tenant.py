@@ -122,6 +122,27 @@ def test_a_need_is_known_at_once_with_all_that_queues_behind_it(
     assert ada.account._ledger.bell.rings != heard
 
 
+def test_a_bell_that_we_rang_ourselves_is_no_reason_to_look(
+    engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tenant, "LOOK_SECONDS", 3600.0)
+    monkeypatch.setattr(tenant, "ASK_SECONDS", 3600.0)
+    ada, bob = engines
+    ada.cache(16)
+    bob.tenant.owed()
+    looked: list[str] = []
+    shares = bob.tenant._shares
+    monkeypatch.setattr(shares, "others_wait", lambda: looked.append("bob") or False)
+
+    assert bob.admit(10) == []
+    assert bob.tenant.owed() == []
+    assert looked == [], "its own need has rung the bell"
+
+    ada.account.report(0, 0, wanted_bytes=UNIT)
+    bob.tenant.owed()
+    assert looked == ["bob"]
+
+
 def test_who_has_more_than_its_share_admits_nothing_while_others_wait(
     engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

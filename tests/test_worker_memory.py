@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from faults import PAGE, FaultyDriver, at_random, every
@@ -18,11 +18,12 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 import torch
 
 from kvcached_plugins.settings import Settings
-from kvcached_plugins.shares import FreeBytes
+from kvcached_plugins.shares import PLENTY_BYTES, FreeBytes
 from kvcached_plugins.vllm import memory
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan
 from kvcached_plugins.vllm.memory import WorkerMemory
 from kvcached_plugins.vllm.steward import Steward
+from kvcached_vmm.driver import DeviceMemory, Driver
 from kvcached_vmm.errors import DriverError
 from kvcached_vmm.host_driver import HostDriver
 from kvcached_vmm.ledger import Ledger
@@ -241,6 +242,24 @@ def test_when_free_memory_cannot_be_asked_for_none_is_granted(
         assert [free(), free()] == [0, 0]
     assert free() == PAGE
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(("free_bytes", "asked"), [(PLENTY_BYTES, 2), (PLENTY_BYTES + 1, 1)])
+def test_a_driver_that_has_plenty_is_asked_less_often(
+    monkeypatch: pytest.MonkeyPatch, free_bytes: int, asked: int
+) -> None:
+    monkeypatch.setattr("kvcached_plugins.shares.FRESH_SECONDS", 0.0)
+    monkeypatch.setattr("kvcached_plugins.shares.PLENTY_FRESH_SECONDS", 3600.0)
+    answers: list[int] = []
+
+    class Roomy:
+        def memory(self) -> DeviceMemory:
+            answers.append(free_bytes)
+            return DeviceMemory(free_bytes, free_bytes)
+
+    free = FreeBytes(cast(Driver, Roomy()))
+    assert [free(), free()] == [free_bytes, free_bytes]
+    assert len(answers) == asked
 
 
 def test_a_host_that_has_no_file_left_to_ask_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

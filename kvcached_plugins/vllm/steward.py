@@ -216,11 +216,15 @@ class Steward:
                     self._local.close()
                 self._shares.close()
 
-    def look(self) -> None:
+    def look(self, heard: int) -> None:
         """Called from time to time by the reclaimer thread, for an idle engine takes no steps.
 
         A worker of its own process must be spoken to from the engine's main thread, which waits for
         requests; one in this process may be released from here.
+
+        Args:
+            heard: what the bell says. What the main thread has heard as well, maybe because it
+                rang, needs no second look: it would take the interpreter from a launch.
         """
         now = time.monotonic()
         if now >= self._next_beat:
@@ -232,6 +236,8 @@ class Steward:
                     if not self._is_stepping():
                         self.pool.admission.forget()
                     self._tenant.report(force=True)
+        if heard == self._tenant.heard and self._is_stepping():
+            return
         spare = now >= self._next_look and (self.pool.has_spare or self._leaving)
         if not spare and not self._tenant.must_answer():
             return
@@ -328,7 +334,7 @@ def _reclaimer(watched: weakref.ref[Steward], shares: Shares) -> None:
         if steward is None:
             return
         try:
-            steward.look()
+            steward.look(heard)
         except (KVCachedError, ValueError) as error:  # ValueError: the ledger is being closed
             if not steward.stopped:
                 logger.error("kvcached: memory cannot be given back now: %s", error)
