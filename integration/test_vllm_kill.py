@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from integration.conftest import elastic_env
+from integration.conftest import asked_for, cases, elastic_env
 from integration.engine import (
     MIB,
     ONE_PROCESS,
@@ -46,6 +46,7 @@ class Killed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def kills(
+    request: pytest.FixtureRequest,
     lanes: Executor,
     plugin: None,
     model: Path,
@@ -54,7 +55,7 @@ def kills(
 ) -> dict[str, Future[Killed]]:
     return {
         victims: lanes.submit(kill, victims, model, requests, tmp_path_factory.mktemp("kill"))
-        for victims in VICTIMS
+        for victims in asked_for(request, "victims")
     }
 
 
@@ -95,7 +96,7 @@ def accounts(folder: Path) -> list[str]:
         ledger.close()
 
 
-@pytest.mark.parametrize("victims", VICTIMS)
+@pytest.mark.parametrize("victims", cases(VICTIMS, {"the worker"}))
 def test_an_engine_starts_where_another_was_killed(
     victims: str, kills: dict[str, Future[Killed]], reference: list[list[int]]
 ) -> None:

@@ -144,6 +144,7 @@ def test_the_tokens_over_http_are_those_of_stock_vllm_with_both_servers_busy(
             assert differences(some, answer.result(), expected) == []
 
 
+@pytest.mark.long
 def test_two_servers_take_turns_within_one_budget(pair: Pair) -> None:
     """Bursts that each want more than half of the budget move memory from one to the other."""
     ledger = Ledger.open(pair.folder, "host")

@@ -44,7 +44,11 @@ CASES = {
 }
 
 
-LONG = {"no prefix caching", "preemption with prefix caching"}
+LONG = {
+    "prefix caching and small chunks",
+    "no prefix caching",
+    "preemption with prefix caching",
+}
 
 
 @pytest.fixture(scope="module")

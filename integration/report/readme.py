@@ -25,9 +25,14 @@ COLOCATED_NEW = "colocation-vllm-0.33.0-h200.json"
 COLOCATED_AGAIN = (
     "colocation-vllm-0.30.0-h200-20261129134209.json",
     "colocation-vllm-0.30.0-h200-20261129134209-2.json",
+    "colocation-vllm-0.30.0-h200-20261129175640.json",
 )
 OVERHEAD = "overhead-h200.json"
-TURNS = "overhead-turns-h200.json"
+TURNS = (
+    "overhead-turns-h200.json",
+    "overhead-turns-h200-20261129165951.json",
+    "overhead-turns-h200-20261129175639.json",
+)
 GROWTH = "bench-growth.json"
 NONE = "\N{EN DASH}"
 
@@ -52,7 +57,7 @@ def tables(files: Files) -> dict[str, list[str]]:
             *_saturated(held[SATURATED]),
             _tokens(held[TOKENS], held[GRAPH_TOKENS], held[PREEMPTED]),
             _overhead(held[OVERHEAD]),
-            _turns(held[TURNS]),
+            *(_turns(held[name]) for name in TURNS),
         ],
         "| Three Llama-3.1-8B": [
             row
@@ -185,8 +190,13 @@ def _overhead(file: File) -> str:
 
 
 def _turns(file: File) -> str:
-    """Elastic engines that take turns beside a stock one."""
-    label = "three elastic engines take turns in the memory that stock has alone: mean TTFT / TPOT"
+    """Elastic engines that take turns beside a stock one, or two that take turns as well."""
+    stock = "each of two stock ones has" if file.data.get("stock_engines", 1) > 1 else "stock has"
+    version = file.facts["versions"]["vllm"]
+    label = (
+        f"vLLM {version}: three elastic engines take turns in the memory that {stock} alone: "
+        "mean TTFT / TPOT"
+    )
     works = file.data["workloads"].items()
     ratios = [
         f"{name}: " + " / ".join(f"{each['on_over_off'][key]:.2f}" for key in _MEANS)
