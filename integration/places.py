@@ -24,6 +24,11 @@ WARM_SAMPLES = 1800
 """Seconds; before that processes touch pages for the first time, each at its own pace: two workers
 of one age under one load differ by some 60 MiB after 20 minutes."""
 
+FEW_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+"""For engines whose growth is judged. oneDNN keeps 1,024 kernels, one for each shape that it has
+met: a worker of stock vLLM gains 600 MiB by that in ten minutes of random shapes, and nothing with
+16. So what grows is a leak."""
+
 KILLS = ("all of it killed", "worker killed", "terminated")
 STOPS = ("all of it stopped", "worker stopped")
 

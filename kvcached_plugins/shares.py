@@ -148,8 +148,10 @@ class Shares:
             granted = given
         if granted < wanted_bytes:
             self.counters.refusals += 1
-        until = time.monotonic() + REFUSED_SECONDS
-        self._refusal = None if granted else _Refusal(unit_bytes, until, self._news())
+        self._refusal = None
+        if not granted:
+            until = time.monotonic() + REFUSED_SECONDS
+            self._refusal = _Refusal(unit_bytes, until, self._news())
         return granted
 
     def room_bytes(self) -> int:
