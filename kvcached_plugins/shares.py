@@ -166,13 +166,12 @@ class Shares:
     def commit(self, granted_bytes: int, used_bytes: int, extents: int = 1) -> None:
         if used_bytes < granted_bytes:
             self._refusal = None
-        if used_bytes:
-            self.counters.commits += extents
+        self.counters.commits += extents
         for account, ranks in self._accounts:
             account.commit(granted_bytes * ranks, used_bytes * ranks)
 
     def cancel(self, granted_bytes: int) -> None:
-        self.commit(granted_bytes, 0)
+        self.commit(granted_bytes, 0, 0)
 
     def release(self, used_bytes: int) -> None:
         self._refusal = None

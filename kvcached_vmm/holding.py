@@ -87,6 +87,7 @@ class Holding:
         """Extents that the budget has granted and that have no memory yet."""
         self.granted_blocks = 0
         """Blocks in the extents that would use these grants, the null block left out."""
+        self._grown = self._grown_bytes = 0
 
     @property
     def bytes(self) -> int:
@@ -107,29 +108,41 @@ class Holding:
         self._grant(granted)
         return granted
 
-    def cancel(self) -> None:
-        """Give all grants back unused."""
-        if self.grants:
-            self._budget.cancel(self.grants * self._unit)
-            self._grant(-self.grants)
-
     def grow(self) -> int:
-        """Use a grant; return the extent that has memory now, or will as soon as it is touched."""
+        """Use a grant, which ``note`` or ``cancel`` tells the budget; return the extent that has
+        memory now, or will as soon as it is touched."""
         extent = heapq.heappop(self._empty)
         before = self.bytes
         self._footprint.add(extent)
+        self._grown += 1
+        self._grown_bytes += self.bytes - before
         self._grant(-1)
-        self._budget.commit(self._unit, self.bytes - before)
         return extent
+
+    def note(self) -> None:
+        """Tell the budget what its grants were used for."""
+        self._tell(0)
+
+    def cancel(self) -> None:
+        """Likewise, and give all others back unused."""
+        self._tell(self.grants)
+        self._grant(-self.grants)
 
     def remove(self, extents: Iterable[int]) -> None:
         """The memory of ``extents`` is gone."""
+        self.note()
         before = self.bytes
         for extent in extents:
             heapq.heappush(self._empty, extent)
             self._footprint.remove(extent)
         self._budget.release(before - self.bytes)
         self._grant(0)
+
+    def _tell(self, unused: int) -> None:
+        if self._grown or unused:
+            granted = (self._grown + unused) * self._unit
+            self._budget.commit(granted, self._grown_bytes, self._grown)
+            self._grown = self._grown_bytes = 0
 
     def _grant(self, extents: int) -> None:
         """Count grants in or out. The lowest extents use them, so only the last can be short."""

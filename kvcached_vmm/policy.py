@@ -34,18 +34,15 @@ comes a round or two late, and vLLM preempts a running request that lacks a sing
 
 
 class Budget(Protocol):
-    """Bytes that a pool may use. ``ledger.Account`` is one."""
+    """Bytes that a pool may use."""
 
     def reserve(self, wanted_bytes: int, unit_bytes: int) -> int:
         """Grant at most ``wanted_bytes``, in whole units; return what was granted."""
         ...
 
-    def commit(self, granted_bytes: int, used_bytes: int) -> None:
-        """Turn ``granted_bytes`` of grants into ``used_bytes`` of memory in use."""
-        ...
-
-    def cancel(self, granted_bytes: int) -> None:
-        """Give grants back unused."""
+    def commit(self, granted_bytes: int, used_bytes: int, extents: int) -> None:
+        """Turn ``granted_bytes`` of grants into ``used_bytes`` of memory in use, which are those of
+        so many ``extents``; the rest goes back unused."""
         ...
 
     def release(self, used_bytes: int) -> None:

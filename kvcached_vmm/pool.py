@@ -302,6 +302,7 @@ class ElasticPool(Generic[B]):
                 if not self._reserve(1):
                     return False
                 self._stack += self._grow().blocks
+                self._holding.note()
             return True
 
     def _load(self, wanted: int) -> None:

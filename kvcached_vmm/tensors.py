@@ -10,6 +10,7 @@ import torch
 from kvcached_vmm.arena import Arena
 from kvcached_vmm.driver import Driver
 from kvcached_vmm.extents import ExtentMap
+from kvcached_vmm.fence import Mark, Passed
 from kvcached_vmm.host_driver import HostDriver
 from kvcached_vmm.poison import Fill, Poison, PoisonedArena
 
@@ -79,12 +80,19 @@ class _Exported:
 
 
 class StreamMarks:
-    """Marks on the stream that an engine launches its steps on."""
+    """Marks on the stream that an engine launches its steps on.
+
+    A stream that has done all its work gets no event: to record one is work as well, for which the
+    device would turn from the kernels of another process to an engine that rests.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.current_stream(device)
 
-    def __call__(self) -> torch.cuda.Event:
+    def __call__(self) -> Mark:
+        if self._stream.query():
+            return Passed()
         event = torch.cuda.Event()
         event.record(self._stream)
-        return event
+        mark: Mark = event
+        return mark

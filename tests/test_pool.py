@@ -36,7 +36,7 @@ class FakeBudget:
 
     def __init__(self, limit: int) -> None:
         self.limit = self.generosity = limit
-        self.reserved = self.committed = 0
+        self.reserved = self.committed = self.extents = 0
 
     def reserve(self, wanted_bytes: int, unit_bytes: int) -> int:
         assert wanted_bytes > 0
@@ -46,13 +46,12 @@ class FakeBudget:
         self.reserved += grant
         return grant
 
-    def commit(self, granted_bytes: int, used_bytes: int) -> None:
+    def commit(self, granted_bytes: int, used_bytes: int, extents: int) -> None:
         assert 0 <= used_bytes <= granted_bytes <= self.reserved
+        assert bool(extents) == bool(used_bytes)
         self.reserved -= granted_bytes
         self.committed += used_bytes
-
-    def cancel(self, granted_bytes: int) -> None:
-        self.commit(granted_bytes, 0)
+        self.extents += extents
 
     def release(self, used_bytes: int) -> None:
         assert 0 <= used_bytes <= self.committed
@@ -73,6 +72,7 @@ class World:
         """Free blocks whose content the engine knows: it forgets what it is handed or told to."""
         self.flying: deque[tuple[int, frozenset[int]]] = deque()
         self.memory = {0}
+        self.extents_gone = 0
         self.leaving: set[int] = set()
         self.pool = ElasticPool(
             self.blocks, layout, self.budget, self.clock, self.evict, policy, lambda: self.time
@@ -138,9 +138,11 @@ class World:
         return extents
 
     def released(self, extents: Iterable[int]) -> None:
-        self.leaving.difference_update(extents)
-        self.memory.difference_update(extents)
-        self.pool.released(extents)
+        gone = set(extents)
+        self.leaving -= gone
+        self.memory -= gone
+        self.extents_gone += len(gone)
+        self.pool.released(gone)
 
     def settle(self) -> list[int]:
         ahead = self.pool.settle()
@@ -160,11 +162,14 @@ class World:
         footprint = Footprint(self.layout)
         for extent in self.memory:
             footprint.add(extent)
-        assert self.pool.committed_bytes == self.budget.committed == footprint.bytes
+        unit, reserved = self.layout.largest_bytes, self.budget.reserved
+        untold = len(self.memory) + self.extents_gone - self.budget.extents
+        assert self.pool.committed_bytes == footprint.bytes
+        assert self.budget.committed <= footprint.bytes <= self.budget.committed + untold * unit
         assert self.pool.live_blocks == len(self.live)
         assert self.pool.cached_blocks <= len(self.cached)
         assert self.extents(self.live | self.cached) <= self.memory - self.leaving
-        credit = self.budget.reserved // self.layout.largest_bytes
+        credit = reserved // unit - untold
         empty = sorted(set(range(self.layout.num_extents)) - self.memory)
         usable = [*(self.memory - self.leaving), *empty[:credit]]
         blocks = {block for extent in usable for block in self.layout.blocks(extent)} - {0}
@@ -276,6 +281,7 @@ class PoolMachine(RuleBasedStateMachine):
         world.clock.rest()
         world.flying.clear()
         world.pool.sleep()
+        world.extents_gone += len(world.memory)
         world.memory, world.leaving, world.cached = set(), set(), set()
         assert world.budget.committed == world.budget.reserved == 0
         self.awake = False

@@ -58,7 +58,7 @@ class Counting(churn.Plenty):
     def __init__(self) -> None:
         self.committed_bytes = 0
 
-    def commit(self, granted_bytes: int, used_bytes: int) -> None:
+    def commit(self, granted_bytes: int, used_bytes: int, extents: int) -> None:
         self.committed_bytes += used_bytes
 
 

@@ -17,11 +17,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from integration.gpu import harness, slo, traffic, watch
@@ -141,7 +142,8 @@ class Overhead:
         budget = o.kv_bytes * (o.engines if o.roomy else 1)
         elastic = Seat(o.kv_bytes, OURS, env={"KVCACHED_BUDGET": str(budget)})
         off, on = numbered("off", o.stock_engines), numbered("on", o.engines)
-        self.turns = {"off": itertools.cycle(off), "on": itertools.cycle(on)}
+        self.works = [work for work in workloads(o) if re.match(o.only, work.name)]
+        self.turns = {"off": in_turn(off, len(self.works)), "on": in_turn(on, len(self.works))}
         seats = dict.fromkeys(off, Seat(o.kv_bytes, STOCK)) | dict.fromkeys(on, elastic)
         self.house = House(run, run.work / "both", seats)
         self.watch = LedgerWatch(self.house.ledger, run.device, 0.1)
@@ -157,9 +159,7 @@ class Overhead:
         self.house.play("warm-up", o.warmup, warm, time.time() + 60.0)
         longest: dict[str, float] = {}
         for number in range(o.rounds):
-            for index, work in enumerate(workloads(o)):
-                if not re.match(o.only, work.name):
-                    continue
+            for index, work in enumerate(self.works):
                 label = f"{number + 1}:{work.name}"
                 expected = longest.get(work.name, 2 * (o.seconds + 6.0))
                 if run.left_s() < 1.1 * expected:
@@ -236,6 +236,14 @@ class Overhead:
         )
 
 
+def in_turn(engines: Sequence[str], per_round: int) -> Iterator[str]:
+    """Engines one after the other, so many workloads in a round. Where each would get the same
+    workloads in every round, rounds begin with another one: a process has its luck for life."""
+    shift = per_round % len(engines) == 0
+    for turn in itertools.count():
+        yield engines[(turn + shift * (turn // per_round)) % len(engines)]
+
+
 def numbered(name: str, count: int) -> list[str]:
     """``name``, ``name``-2, and so on."""
     return [name, *(f"{name}-{number}" for number in range(2, count + 1))]
@@ -270,8 +278,28 @@ def compare(rounds: Mapping[str, Json]) -> Json:
         "rounds": len(whole),
         **medians,
         "on_over_off": over(medians["off"], medians["on"]),
-        "of_each_round": [over(figures(each["off"]), figures(each["on"])) for each in whole],
+        "of_each_round": (
+            each_round := [over(figures(each["off"]), figures(each["on"])) for each in whole]
+        ),
+        "of_pairs": {
+            name: of_pairs([one[name] for one in each_round if name in one])
+            for name in ("mean_ttft_ms", "mean_tpot_ms")
+        },
     }
+
+
+def of_pairs(ratios: Sequence[float]) -> dict[str, float | None]:
+    """The geometric mean of what each round found, and its standard error, if there are several.
+
+    The two runs of a round have the same prompts and the same minute of the machine, which medians
+    over all rounds do not make use of.
+    """
+    if not ratios:
+        return {"ratio": None, "error": None}
+    logs = [math.log(ratio) for ratio in ratios]
+    ratio = math.exp(statistics.fmean(logs))
+    error = ratio * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else None
+    return {"ratio": round(ratio, 4), "error": error and round(error, 4)}
 
 
 def in_engine(before: Mapping[str, float], after: Mapping[str, float]) -> Json:
