@@ -84,3 +84,38 @@ def test_a_gpu_tensor_is_asked_for_by_the_address_of_the_arena(
     interface = exported.__cuda_array_interface__
     assert interface["data"] == (arena.base, False)
     assert (interface["shape"], interface["typestr"]) == ((2 * PAGE,), "|i1")
+
+
+class Stream:
+    """A stand-in for a CUDA stream, which is busy or not."""
+
+    def __init__(self, done: bool) -> None:
+        self.done = done
+
+    def query(self) -> bool:
+        return self.done
+
+
+def test_a_stream_that_rests_is_given_no_work_by_a_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event is work as well: a GPU that serves another process would have to turn to it."""
+    recorded = []
+
+    class Event:
+        def record(self, stream: Stream) -> None:
+            recorded.append(stream)
+
+        def query(self) -> bool:
+            return recorded[-1].done
+
+    stream = Stream(done=True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    mark = tensors.StreamMarks(torch.device("cuda", 0))
+    assert mark().query()
+    assert not recorded
+    stream.done = False
+    waits = mark()
+    assert not waits.query()
+    stream.done = True
+    assert waits.query()
+    assert recorded == [stream]

@@ -287,7 +287,7 @@ class Comparison:
 def main() -> int:
     o = parse(sys.argv[1:])
     exit_on_signals()
-    run = harness.Run("colocation", o)
+    run = harness.Run("colocation", o, memory_every_s=1.0)
     both = Comparison(run)
     try:
         run.sampler.start()

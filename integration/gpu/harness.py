@@ -89,16 +89,20 @@ def parse(
 
 
 class Run:
-    """What parts of a run share: where to write, until when, on what machine."""
+    """What parts of a run share: where to write, until when, on what machine.
 
-    def __init__(self, name: str, o: argparse.Namespace) -> None:
+    Args:
+        memory_every_s: how often NVML is asked; seldom where latency counts (``machine``).
+    """
+
+    def __init__(self, name: str, o: argparse.Namespace, memory_every_s: float = 0.05) -> None:
         self.name = name
         self.o = o
         self.out: Path = o.out
         self.out.mkdir(parents=True, exist_ok=True)
         self.work = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=o.work))
         self.deadline = o.started + o.deadline_s - MARGIN_S
-        self.sampler = MemorySampler(interval_s=0.05)
+        self.sampler = MemorySampler(memory_every_s)
         self.facts = facts(self.sampler)
         self.on_gpu = self.sampler.method != "host"
         if o.cpu == self.on_gpu:

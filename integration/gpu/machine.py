@@ -1,21 +1,26 @@
-"""What the machine did meanwhile: the GPU's clock and the processors, ten times a second.
+"""What the machine did meanwhile: the GPU's clock and the processors, once a second.
 
 Machines are shared: without this, a second in which everything was slow looks like an arm's fault.
+No oftener, for NVML and the driver's memory calls may wait for each other, and only an elastic
+engine makes such calls while it serves: ``python -m integration.gpu.machine`` asks as often as once
+was done, until its standard input ends, for ``vmm_cost`` to look at what that costs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from integration.gpu.record import Json, nvml_gpu
+from integration.gpu.record import Json, MemorySampler, nvml_gpu
 
-INTERVAL_S = 0.1
+INTERVAL_S = 1.0
+OFTEN_S = 0.05
 IDLE, IO_WAIT, STEAL = 3, 4, 7
 """Columns of the first line of /proc/stat (proc_stat(5)), after its name."""
 
@@ -87,3 +92,26 @@ def summary(looks: list[Look]) -> Json:
         "processors_busy": round(1 - (spent[IDLE] + spent[IO_WAIT]) / total, 4),
         "processors_stolen": round(spent[STEAL] / total, 4),
     }
+
+
+def main() -> int:
+    """Ask for the GPU's memory, clock and reasons every ``OFTEN_S`` until nobody listens."""
+    clock, memory = _clock_reader(), MemorySampler(OFTEN_S)
+    memory.start()
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.wait(OFTEN_S):
+            clock()
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    print("asking", flush=True)
+    sys.stdin.read()
+    ended.set()
+    memory.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -347,7 +347,7 @@ def goals(compared: Mapping[str, Json], below: set[str]) -> Json:
 def main() -> int:
     o = parse(sys.argv[1:])
     exit_on_signals()
-    run = harness.Run("overhead", o)
+    run = harness.Run("overhead", o, memory_every_s=1.0)
     overhead = Overhead(run)
     try:
         run.sampler.start()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -24,6 +25,9 @@ from kvcached_vmm.extents import ExtentMap, Region
 MIB = 2**20
 GOAL_MS = 3.0
 """Committing 1 GiB should take no longer (median, 32 MiB extents)."""
+PROMPT_BYTES = 128 * MIB
+"""1,024 tokens of Llama-3.1-8B."""
+RESTS_S = (0.0, 0.1, 2.0)
 
 
 def make_arena(driver: Driver, extent_bytes: int, total_bytes: int) -> Arena:
@@ -89,6 +93,37 @@ def beside_busy_thread(work: Callable[[], Json]) -> Json:
         thread.join()
 
 
+def beside_nvml(work: Callable[[], Json]) -> Json:
+    """Do ``work`` while another process asks NVML for memory and clocks, 20 times a second."""
+    command = [sys.executable, "-P", "-m", "integration.gpu.machine"]
+    asking = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    try:
+        assert asking.stdout is not None
+        asking.stdout.readline()
+        return work()
+    finally:
+        asking.communicate()
+
+
+def after_rest(arena: Arena, repetitions: int) -> Json:
+    """Commit what a prompt of 1,024 tokens needs, after a rest: what a first request waits for."""
+    extents = range(-(-PROMPT_BYTES // arena.extents.largest_bytes))
+    found: Json = {}
+    for rest_s in RESTS_S:
+        times = []
+        for _ in range(repetitions):
+            arena.decommit(extents)
+            time.sleep(rest_s)
+            begin = time.perf_counter()
+            arena.commit(extents)
+            times.append(time.perf_counter() - begin)
+        found[f"{rest_s:g}s"] = spread(times)
+    arena.decommit(extents)
+    return found
+
+
 def contents(driver: Driver, device_name: str) -> Json:
     """Fresh memory is zero; what is written through a view is read back; neighbours stay."""
     import torch
@@ -140,6 +175,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repetitions", type=int, default=50)
+    parser.add_argument("--rests", type=int, default=8, help="of each length")
     parser.add_argument("--total-mib", type=int, default=1024)
     parser.add_argument("--host", action="store_true", help="the host driver: no GPU needed")
     options = parser.parse_args()
@@ -175,9 +211,18 @@ def main() -> int:
         found["one_call_beside_busy_thread"] = attempt(
             lambda: beside_busy_thread(lambda: cycle(arena, min(n, 3), one_by_one=False))  # noqa: B023
         )
+        found["a_call_per_extent_beside_nvml"] = attempt(
+            lambda: beside_nvml(lambda: cycle(arena, n, one_by_one=True))  # noqa: B023
+        )
         arena.close()
         result["extents"][f"{mib}MiB"] = found
         save()
+    arena = make_arena(driver, 32 * MIB, total)
+    result["after_rest"] = {
+        "quiet": attempt(lambda: after_rest(arena, options.rests)),
+        "beside_nvml": attempt(lambda: beside_nvml(lambda: after_rest(arena, options.rests))),
+    }
+    arena.close()
     median = result["extents"]["32MiB"]["one_call"].get("commit", {}).get("median_ms")
     result["goal"] = {"commit_ms_at_most": GOAL_MS, "commit_ms": median}
     result["goal"]["met"] = median is not None and median * GIB / total <= GOAL_MS
@@ -185,6 +230,8 @@ def main() -> int:
     for size, found in result["extents"].items():
         for how, figures in found.items():
             print(f"{size:>6} {how:28} {figures}")
+    for how, figures in result["after_rest"].items():
+        print(f"a prompt's extents after a rest, {how}: {figures}")
     print("contents", result["contents"])
     return 0 if result["contents"].get("ok") else 1
 

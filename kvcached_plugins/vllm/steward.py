@@ -43,6 +43,10 @@ there: a commit in front of a step costs time to first token."""
 QUIET_SECONDS = 0.1
 """An engine that has not launched a step for this long does not release memory beside its steps."""
 
+RELEASE_LOOK_SECONDS = 0.001
+"""How soon an idle engine looks whether the device has come to what it gives back, and then twice
+as late each time: neighbours wait, and a device that runs their kernels needs a moment to turn."""
+
 HEARTBEAT_SECONDS = 0.2
 """How often an idle engine shows that it would answer (``fairness.SILENCE_SECONDS``)."""
 
@@ -239,7 +243,7 @@ class Steward:
         if heard == self._tenant.heard and self._is_stepping():
             return
         spare = now >= self._next_look and (self.pool.has_spare or self._leaving)
-        if not spare and not self._tenant.must_answer():
+        if not (spare or self.is_releasing or self._tenant.must_answer()):
             return
         self._next_look = now + min(1.0, max(LOOK_SECONDS, self.pool.policy.decay_seconds / 4))
         if self._local is None:
@@ -248,6 +252,11 @@ class Steward:
             self.answer()
         else:
             self.idle()
+
+    @property
+    def is_releasing(self) -> bool:
+        """Whether the engine takes no steps and has yet to give back what it was told to."""
+        return bool(self._leaving) and not self._is_stepping()
 
     @property
     def stopped(self) -> bool:
@@ -328,8 +337,8 @@ class Steward:
 
 def _reclaimer(watched: weakref.ref[Steward], shares: Shares) -> None:
     """Does not keep an engine alive that its user has dropped."""
-    heard = 0
-    while (heard := shares.wait_for_bell(heard, LOOK_SECONDS)) >= 0:
+    heard, pause, soon = 0, LOOK_SECONDS, RELEASE_LOOK_SECONDS
+    while (heard := shares.wait_for_bell(heard, pause)) >= 0:
         steward = watched()
         if steward is None:
             return
@@ -338,6 +347,10 @@ def _reclaimer(watched: weakref.ref[Steward], shares: Shares) -> None:
         except (KVCachedError, ValueError) as error:  # ValueError: the ledger is being closed
             if not steward.stopped:
                 logger.error("kvcached: memory cannot be given back now: %s", error)
+        if steward.is_releasing:
+            pause, soon = soon, min(2 * soon, LOOK_SECONDS)
+        else:
+            pause, soon = LOOK_SECONDS, RELEASE_LOOK_SECONDS
         del steward
 
 

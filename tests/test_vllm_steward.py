@@ -1,0 +1,104 @@
+"""An engine that rests, over a device that takes its time: neighbours get its cache soon."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from faults import PAGE
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+import torch
+
+from integration.benchmarks.step import UniProcExecutor
+from kvcached_plugins.settings import Settings
+from kvcached_plugins.vllm import memory
+from kvcached_plugins.vllm.geometry import ATTRIBUTE, Plan
+from kvcached_plugins.vllm.memory import WorkerMemory
+from kvcached_plugins.vllm.pool import ElasticBlockPool
+from kvcached_plugins.vllm.steward import QUIET_SECONDS, Steward
+from kvcached_vmm.host_driver import HostDriver
+from kvcached_vmm.ledger import Ledger
+from kvcached_vmm.units import MIB
+
+BLOCKS = 16
+BUDGET = BLOCKS * PAGE
+
+
+class Late:
+    """A mark that the device passes after a while, as one that runs another process's kernels."""
+
+    seconds = 0.003
+
+    def __init__(self) -> None:
+        self._passed_at = time.monotonic() + self.seconds
+
+    def query(self) -> bool:
+        return time.monotonic() >= self._passed_at
+
+    def synchronize(self) -> None:
+        time.sleep(max(0.0, self._passed_at - time.monotonic()))
+
+
+@pytest.fixture
+def settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    driver = HostDriver(64 * MIB, granularity=PAGE)
+    monkeypatch.setattr(memory, "device_driver", lambda _: driver)
+    monkeypatch.setattr(memory, "Passed", Late)
+    return Settings.read({"KVCACHED_DIR": str(folder), "KVCACHED_BUDGET": str(BUDGET)})
+
+
+def start(settings: Settings) -> Steward:
+    """An engine whose worker is in this process, with blocks and extents of a page each."""
+    tensor = SimpleNamespace(size=BUDGET, block_stride=PAGE, offset=0, layers=["0"])
+    config: Any = SimpleNamespace(num_blocks=BLOCKS, kv_cache_tensors=[tensor])
+    setattr(config, ATTRIBUTE, Plan(blocks_per_extent=1))
+    worker: Any = SimpleNamespace(device=torch.device("cpu"))
+    worker.kvcached = WorkerMemory(worker, config, settings)
+    names = SimpleNamespace(served_model_name="resting", model="resting")
+    core = SimpleNamespace(
+        vllm_config=SimpleNamespace(
+            model_config=names, cache_config=SimpleNamespace(block_size=16)
+        ),
+        model_executor=UniProcExecutor(worker),
+    )
+    scheduler = SimpleNamespace(
+        kv_cache_config=config,
+        kv_cache_manager=SimpleNamespace(block_pool=ElasticBlockPool(BLOCKS, True, 16)),
+        has_requests=lambda: False,
+        max_num_running_reqs=1,
+        running=[],
+        waiting=[],
+    )
+    return Steward(core, scheduler, settings)
+
+
+def test_a_device_that_is_late_costs_neighbours_milliseconds(settings: Settings) -> None:
+    """With events on a GPU that served a neighbour, this took until the next look, 50 ms later."""
+    engine = start(settings)
+    with engine.pool.lock:
+        engine.pool.prepare(BLOCKS - 1)
+        blocks = engine.pool.take(BLOCKS - 1)
+        step: Any = SimpleNamespace()
+        engine.launched(step)
+    engine.pool.keep(blocks)
+    engine.finished(step)
+    time.sleep(QUIET_SECONDS)
+    neighbour = Ledger.open(settings.directory, "host").join("neighbour", None)
+    waits = []
+    for _ in range(5):
+        began = time.monotonic()
+        neighbour.report(0, 0, 2 * PAGE)
+        while not (granted := neighbour.reserve(2 * PAGE, 2 * PAGE)):
+            assert time.monotonic() - began < 5, "nothing was given back"
+            time.sleep(0.0005)
+        waits.append(time.monotonic() - began)
+        neighbour.commit(granted, granted)
+        neighbour.report(2 * PAGE, 0)
+    assert sorted(waits)[2] < 0.03
+    neighbour.close()
+    engine.close()
