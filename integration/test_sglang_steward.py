@@ -11,6 +11,7 @@ import pytest
 from integration.sglang_case import EXTENT_BYTES, PAGES, Asked, Batch, Case
 from integration.sglang_engine import needs_sglang
 from integration.test_sglang_allocators import SPAN
+from kvcached_plugins.tenant import LOOK_SECONDS
 from kvcached_vmm.host_driver import GRANULARITY
 
 pytestmark = [pytest.mark.engine, needs_sglang]
@@ -134,6 +135,23 @@ def test_cached_prefixes_are_given_to_a_neighbour_that_waits(cases: Callable[...
     case.look()
     assert case.committed() in (5, 6), "prefixes do not end where extents do"
     assert case.scheduler.tree_cache.evictable_size() >= 12
+
+
+def test_an_engine_that_rests_does_not_let_a_neighbour_wait(cases: Callable[..., Case]) -> None:
+    """Prefixes, then their pages, then the device: that takes several looks, one after another."""
+    case = cases()
+    case.scheduler.tree_cache.cached = [case.allocator.alloc(39)]
+    case.look()
+    began = time.monotonic()
+    case.neighbour.report(0, 0, 4 * EXTENT_BYTES)
+    while case.neighbour.reserve(4 * EXTENT_BYTES, EXTENT_BYTES) < 4 * EXTENT_BYTES:
+        assert time.monotonic() - began < 5, "nothing was given back"
+        case.steward.begin_round()
+        case.steward.end_round()
+        time.sleep(0.001)
+        for mark in case.world.marks:
+            mark.passed = True
+    assert time.monotonic() - began < LOOK_SECONDS
 
 
 def test_live_pages_are_never_given_to_a_neighbour(cases: Callable[..., Case]) -> None:

@@ -80,14 +80,14 @@ class _Exported:
 
 
 class StreamMarks:
-    """Marks on the stream that an engine launches its steps on.
+    """Marks on a stream, by default on the one that an engine launches its steps on.
 
     A stream that has done all its work gets no event: to record one is work as well, for which the
     device would turn from the kernels of another process to an engine that rests.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.current_stream(device)
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
+        self._stream = stream or torch.cuda.current_stream(device)
 
     def __call__(self) -> Mark:
         if self._stream.query():

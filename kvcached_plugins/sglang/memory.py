@@ -72,7 +72,7 @@ class PoolMemory:
     def watch(self, streams: Sequence[torch.cuda.Stream]) -> None:
         """Work on ``streams`` may touch the pool, besides that on the current stream."""
         if self.device.type == "cuda":
-            self._streams = [_marks_on(stream) for stream in streams]
+            self._streams = [StreamMarks(self.device, stream) for stream in streams]
 
     def mark(self) -> Mark:
         """A mark after all work that may touch the pool."""
@@ -183,11 +183,3 @@ class PoolMemory:
             counters.reclaimed_bytes += released * len(owed) // len(extents)
             counters.reclaim_seconds += now - min(owed)
         counters.driver_seconds = self._backing.driver_seconds
-
-
-def _marks_on(stream: torch.cuda.Stream) -> Callable[[], Mark]:
-    def mark() -> Mark:
-        event: Mark = stream.record_event()
-        return event
-
-    return mark

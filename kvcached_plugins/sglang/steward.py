@@ -33,8 +33,12 @@ SORT_SECONDS = 0.25
 """How often the free list is put in order beside running requests that nobody presses: it takes
 about ten kernels, and what it finds must stay free for ``decay_seconds`` before it goes."""
 
+ANSWER_SECONDS = 0.002
+"""How soon an engine that rests looks again when it has been asked for memory."""
+
 LOOK_ROUNDS = 16
-"""The same for ranks that must look in the same round; an idle SGLang makes thousands a second."""
+"""How often ranks look, which must do so in the same round; an idle SGLang makes thousands a
+second."""
 
 RELEASE_BATCH = 4
 """Extents given back at a time beside running requests: a driver call takes up to 0.2 ms while
@@ -83,6 +87,7 @@ class Steward:
         self._cache_bytes: int | None = settings.cache_bytes
         self._before = 0, NO_LIMIT
         self._pressure = 0
+        self._pressed_at = -LOOK_SECONDS
         self._trimming = False
         if memory.device.type == "cuda":
             memory.shares.fix(torch.cuda.memory_reserved(memory.device) + CONTEXT_BYTES)
@@ -308,6 +313,11 @@ class Steward:
             allocator.sort()
             if memory.device.type == "cpu":
                 allocator.find(now)
+        if self._pressure:
+            self._pressed_at = now
+        if idle and (memory.leaving or now - self._pressed_at < LOOK_SECONDS):
+            # Prefixes, the pages that they held, and the device's last work go one after the other.
+            self._next_look = time.monotonic() + ANSWER_SECONDS
         self._tenant.report(force=True)
 
     def _agree_on_terms(self, now: float) -> float:
