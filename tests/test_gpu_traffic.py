@@ -234,13 +234,6 @@ def test_each_engine_of_several_gets_each_workload() -> None:
     assert [next(alone) for _ in range(3)] == ["a", "a", "a"]
 
 
-def test_pairs_are_averaged_as_ratios() -> None:
-    assert overhead.of_pairs([2.0, 0.5])["ratio"] == 1.0
-    assert overhead.of_pairs([1.1, 1.1, 1.1]) == {"ratio": 1.1, "error": 0.0}
-    assert overhead.of_pairs([1.1]) == {"ratio": 1.1, "error": None}
-    assert overhead.of_pairs([]) == {"ratio": None, "error": None}
-
-
 def test_workloads_of_the_overhead_are_what_their_names_say(tmp_path: Path) -> None:
     o = overhead.parse(["--out", str(tmp_path)])
     works = {work.name: work.asks(5) for work in overhead.workloads(o)}

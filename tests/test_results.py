@@ -13,7 +13,7 @@ import pytest
 from integration.benchmarks import guard
 from integration.gpu import publish, suite
 from integration.report import goals, plots, readme
-from integration.report.files import File, Files, table
+from integration.report.files import File, Files, Pairs, table
 from integration.report.page import NAME, page
 from kvcached_vmm.account import Account
 
@@ -78,6 +78,21 @@ def test_a_trial_on_a_cpu_counts_for_no_goal() -> None:
     file = of_gpu("overhead-a.json", goals={"throughput": {"on_over_off": 1.0, "met": True}})
     trial = File(file.name, {**file.data, "gpu": {"memory_read_with": "host"}})
     assert goals.GOALS[0].row(Files([trial]))[3] == goals.NOT_RUN
+
+
+def test_pairs_of_runs_are_averaged_as_ratios_and_have_an_error() -> None:
+    def run(*ratios: float, **more: Any) -> File:
+        rounds = [{"mean_ttft_ms": ratio} for ratio in ratios]
+        return of_gpu("overhead-a.json", workloads={"6/s": {"of_each_round": rounds}}, **more)
+
+    assert Pairs.of([2.0, 0.5]).ratio == pytest.approx(1.0)
+    assert str(Pairs.of([1.1])) == "1.10"
+    [alone] = [each for each in goals.GOALS if each.figure.startswith("mean TTFT")]
+    [in_turns] = [each for each in goals.GOALS if "caches of others" in each.figure]
+    small, large = Files([run(1.0, 1.0)]), Files([run(1.2, 1.2, engines=3)])
+    assert alone.row(small)[3:5] == ["1.00 \N{PLUS-MINUS SIGN} 0.00 at 6/s, torch.compile", "met"]
+    assert in_turns.row(large)[4] == "**missed**"
+    assert alone.row(large)[3] == in_turns.row(small)[3] == goals.NOT_RUN
 
 
 def test_a_run_is_told_by_its_command_without_its_folder() -> None:

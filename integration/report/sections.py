@@ -132,9 +132,24 @@ def overhead(file: File) -> list[str]:
         ):
             label = f"{name} ({each['rounds']}): {key.replace('_', ' ')}"
             rows.append([label, off.get(key), on.get(key), over(on, off, key)])
+    engines, stock = (file.data.get(name, 1) for name in ("engines", "stock_engines"))
+    room = "each with as much as a stock one" if file.data.get("roomy") else "with as much in all"
+    what = "as vLLM starts by itself" if file.compiles else "without torch.compile"
+    figures = {name: file.pairs(f"mean_{name}_ms") for name in ("ttft", "tpot")}
+    pairs = [
+        [name, each.count, str(each), str(figures["tpot"].get(name, ""))]
+        for name, each in figures["ttft"].items()
+    ]
     starts = [[name, each["startup_s"]] for name, each in file.data.get("servers", {}).items()]
     return [
+        f"Stock engines: {stock}; elastic: {engines}, {room}; {what}. Medians over all rounds:",
+        "",
         *table(["workload (rounds)", "stock", "elastic", "elastic/stock"], rows),
+        "",
+        "Elastic over stock in each pair of runs, which have the same prompts and the same minute "
+        "of the machine: geometric mean and its standard error.",
+        "",
+        *table(["workload", "pairs", "mean TTFT", "mean TPOT"], pairs),
         "",
         *table(["plugin", "start-up of both at once, s"], starts),
     ]
