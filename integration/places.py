@@ -79,28 +79,14 @@ class Life:
             for name in (samples[-1] if samples else ())
         }
 
-    def until(self, seconds: int) -> Life:
-        """The first ``seconds`` of this life."""
-        young = Life(self.server)
-        young.samples = self.samples[:seconds]
-        return young
-
-    def grown(self, spare: Mapping[str, float], control: Life | None = None) -> list[str]:
-        """What holds more than it did, beyond ``spare`` things or what is usual.
-
-        Args:
-            spare: by how many the figures that are no memory may grow.
-            control: of a stock engine under the same load; its memory's growth up to the same age
-                is usual.
-        """
+    def grown(self, spare: Mapping[str, float]) -> list[str]:
+        """What holds more than it did: a twentieth and 16 MiB of memory, or ``spare`` of others."""
         found = []
-        usual = control.until(len(self.samples)).first_and_last() if control else {}
         for name, (first, last) in self.first_and_last().items():
             if name.startswith("memory_mib"):
                 if not self.is_warm:
                     continue
-                was, became = usual.get(name, (0.0, 0.0))
-                bound = first + max(0.05 * first, 1.1 * (became - was)) + 16
+                bound = 1.05 * first + 16
             else:
                 bound = first + spare.get(name, 0)
             if last > bound:

@@ -1,15 +1,14 @@
 """Engines under random load with aggressive release, compared with stock vLLM token for token.
 
     python -m integration.soak [--minutes 10] [--engines 1] [--rate R] [--faults]
-        [--poison nan|large] [--workers 1] [--seed S] [--control] [--json FILE]
+        [--poison nan|large] [--workers 1] [--seed S] [--json FILE]
 
 Memory without content goes at once and cached blocks after 0.2 s, so that a block that is used
 after its memory has gone is a fault of the process. Requests arrive in bursts, share prefixes, and
 are cut off by closing their connection; the budget holds a part of them; limits move; a neighbour
 in the ledger grabs memory, gives it back, leaves, and is killed. With ``--faults`` the engines
 themselves, or one of their workers, are killed, ended, stopped and started again. With ``--poison``
-memory that comes and memory that goes is filled with what spoils results. With ``--control`` a
-stock engine gets the same kind of load beside them, and ours may gain what it gains.
+memory that comes and memory that goes is filled with what spoils results.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ import random
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +44,6 @@ EXTENT_BYTES = MIB
 BUDGET_BYTES = 24 * MIB
 """For one engine: a burst of requests wants about twice as much."""
 CLIENTS = 10
-STOCK = ("--kv-cache-memory-bytes", str(64 * MIB))
 AT_ONCE_S = 0.002
 
 
@@ -59,7 +56,6 @@ class Setup(NamedTuple):
         fault_pause_s: from one of those to the next, from and to.
         poison: what memory that comes and goes is filled with: `nan` or `large`.
         workers: of the last engine, which are tensor parallel; the others have one each.
-        control: a stock engine gets the same load, to compare with.
     """
 
     minutes: float
@@ -70,7 +66,6 @@ class Setup(NamedTuple):
     fault_pause_s: tuple[float, float] = (20.0, 90.0)
     poison: str = ""
     workers: int = 1
-    control: bool = False
 
 
 @dataclass
@@ -97,8 +92,6 @@ class Findings:
     left: list[str] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     lives: list[dict[str, Any]] = field(default_factory=list)
-    of_control: Counter[str] = field(default_factory=Counter)
-    """Requests that the stock engine answered, and answers of it that differ."""
 
     def failures(self) -> dict[str, Any]:
         bad = ["different", "errors", "over_committed_bytes", "uncounted_bytes"]
@@ -144,19 +137,14 @@ class Soak:
             more = {**env, "KVCACHED_NAME": name}
             return Server(model, folder / f"{name}-{life}.log", env=more, arguments=arguments)
 
-        def start_stock(life: int) -> Server:
-            return Server(model, folder / f"control-{life}.log", env=FEW_KERNELS, arguments=STOCK)
-
         self.places = [Place(name, functools.partial(start, name)) for name in names]
-        self._control = Place("control", start_stock) if setup.control else None
-        self._all_places = [*self.places, *([self._control] if self._control else [])]
         how = budget, setup.seed, self._over, setup.fault_pause_s
         self._mishaps = Mishaps(self.places, self._folder, *how)
 
     def run(self) -> Findings:
-        for place in self._all_places:
+        for place in self.places:
             place.wait_ready()
-        crowd = itertools.product(self._all_places, range(CLIENTS))
+        crowd = itertools.product(self.places, range(CLIENTS))
         people: list[Callable[[], None]] = [
             functools.partial(self._client, *each) for each in crowd
         ]
@@ -178,7 +166,7 @@ class Soak:
 
     def stop(self) -> None:
         self._over.set()
-        for place in self._all_places:
+        for place in self.places:
             place.server.stop()
 
     def _guarded(self, work: Callable[[], None]) -> None:
@@ -235,9 +223,6 @@ class Soak:
         expected = self._reference[index]
         with self._lock:
             found = self.found
-            if place is self._control:
-                found.of_control.update(answered=1, different=tokens != expected)
-                return
             if place.falls != falls and tokens == expected[: len(tokens)] != expected:
                 found.lost += 1  # vLLM answers with what it has when it is asked to end
                 return
@@ -260,7 +245,7 @@ class Soak:
                 if count >= lines:
                     break
         with self._lock:
-            self.found.cut_off += place is not self._control
+            self.found.cut_off += 1
 
     def _watch(self) -> None:
         """Is more committed than there is, or more in memory than the ledger knows of?"""
@@ -284,7 +269,7 @@ class Soak:
 
     def _sample(self) -> None:
         while not self._over.wait(1.0):
-            for place in self._all_places:
+            for place in self.places:
                 if not place.up.is_set():
                     continue
                 life, falls = place.lives[-1], place.falls
@@ -320,8 +305,6 @@ class Soak:
                 found.prefix_hits += int(place.server.metric("vllm:prefix_cache_hits_total"))
             for life in place.lives:
                 self._note(place, life)
-        if self._control:
-            self._note(self._control, self._control.lives[0])
         files = self._files_in_folder
         if files and max(files[-10:]) > max(files[: max(1, len(files) // 2)]):
             found.grown.append(f"files in the ledger's folder: {files[0]} -> {files[-1]}")
@@ -335,10 +318,8 @@ class Soak:
         )
         about = {"engine": place.name, "minutes": round(life.minutes, 1)}
         self.found.lives.append({**about, "first": firsts, "last": lasts})
-        if place is not self._control:
-            control = self._control.lives[0] if self._control else None
-            grown = life.grown({"descriptors": CLIENTS, "threads": 4}, control)
-            self.found.grown += [f"{place.name}, {each}" for each in grown]
+        grown = life.grown({"descriptors": CLIENTS, "threads": 4})
+        self.found.grown += [f"{place.name}, {each}" for each in grown]
 
 
 @contextlib.contextmanager
@@ -365,7 +346,6 @@ def main() -> int:
     parser.add_argument("--poison", choices=("nan", "large"), default="", help="fill memory")
     parser.add_argument("--workers", type=int, default=1, help="of the last engine")
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--control", action="store_true", help="a stock engine beside, to compare")
     parser.add_argument("--json", type=Path, help="write the findings here")
     options = vars(parser.parse_args())
     report = options.pop("json")

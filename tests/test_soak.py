@@ -1,4 +1,4 @@
-"""What a soak calls growth: of each engine's own life, beyond what stock's processes do."""
+"""What a soak calls growth of an engine."""
 
 from __future__ import annotations
 
@@ -41,21 +41,3 @@ def test_memory_that_leaks_is_seen_once_an_engine_is_warm() -> None:
     assert live(1200, leaking).grown(SPARE) == []
     (found,) = live(3600, leaking).grown(SPARE)
     assert found.startswith("memory_mib VLLM::Worker")
-
-
-def test_growth_that_a_stock_engine_has_as_well_is_not_ours() -> None:
-    def by(mib_per_minute: float) -> Callable[[int], float]:
-        return lambda second: 700 + mib_per_minute * second / 60
-
-    assert live(3600, by(32)).grown(SPARE, control=live(3600, by(31))) == []
-    assert live(3600, by(32)).grown(SPARE, control=live(3600, by(20)))
-
-
-def test_an_engine_is_compared_with_a_stock_one_of_its_age() -> None:
-    def soon_full(second: int) -> float:
-        return 700 + min(second, 1500)
-
-    stock = live(7200, soon_full)
-    assert stock.grown(SPARE) == []
-    assert live(2000, soon_full).grown(SPARE)
-    assert live(2000, soon_full).grown(SPARE, control=stock) == []
