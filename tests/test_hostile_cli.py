@@ -78,7 +78,8 @@ class Ran(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def house(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
-    """An engine that could be changed, and nothing that waits, listens, measures or downloads."""
+    """An engine that could be changed, and nothing that waits, listens, measures, downloads or
+    writes manifests."""
     cwd = tmp_path / "cwd"
     cwd.mkdir()
     monkeypatch.chdir(cwd)
@@ -109,6 +110,7 @@ def house(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(bench.measuring, "measure", refuse)
     monkeypatch.setattr(demo, "_measure", refuse)
     monkeypatch.setattr(contract, "_describe_release", refuse)
+    monkeypatch.setattr(contract, "_write", refuse)  # over a manifest of this very checkout
     ledger = Ledger.open(folder, "host")
     ledger.join("llama", 100 * MIB, minimum_bytes=MIB, maximum_bytes=50 * MIB, weight=2.0)
     yield ledger
