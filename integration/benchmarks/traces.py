@@ -182,9 +182,13 @@ def take_step(scheduler: Any, run: Callable[[Any], object] = id) -> None:
     Args:
         run: given what was scheduled, in place of a worker.
     """
+    finish_step(scheduler, scheduler.schedule(), run)
+
+
+def finish_step(scheduler: Any, scheduled: Any, run: Callable[[Any], object] = id) -> None:
+    """The part of a step that follows ``schedule``."""
     from vllm.v1.outputs import ModelRunnerOutput
 
-    scheduled = scheduler.schedule()
     run(scheduled)
     names = list(scheduled.num_scheduled_tokens)
     requests = [scheduler.requests[name] for name in names]

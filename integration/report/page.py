@@ -66,7 +66,7 @@ def section(
 
 def without_gpu(files: Files) -> list[str]:
     """The benchmarks of one machine without a GPU, each against its own goal."""
-    parts = (churn, pool, ledger, storm, growth, hand_over, soak)
+    parts = (churn, pool, ledger, storm, growth, first_prompt, hand_over, soak)
     rows = [row for part in parts for row in part(files)]
     return table(["figure", "measured", "goal", "verdict", "file"], rows)
 
@@ -161,6 +161,21 @@ def growth(files: Files) -> list[list[object]]:
         told += f"and no neighbours {stock['preempted']}"
         figure = f"preempted while growing into two caches, scheduler only, commit `{file.commit}`"
         rows.append([figure, told, "0", verdict(not ours["preempted"]), f"`{file.name}`"])
+    return rows
+
+
+def first_prompt(files: Files) -> list[list[object]]:
+    rows: list[list[object]] = []
+    for file in files.named("bench-first-prompt"):
+        goal = file.data["goal_ms"]
+        for each in file.data["figures"]:
+            figure = (
+                "a prompt of 1,024 tokens waits for the cache of engines that rest, whose device "
+            )
+            figure += f"is {each['late_ms']:g} ms late, scheduler only, commit `{file.commit}`"
+            told = f"{each['median_ms']:.1f} ms, at most {each['longest_ms']:.1f} ms"
+            met = each["median_ms"] <= goal
+            rows.append([figure, told, f"median {goal:g} ms", verdict(met), f"`{file.name}`"])
     return rows
 
 
