@@ -140,9 +140,7 @@ def test_a_neighbour_that_stops_with_the_lock_held_costs_others_nothing(
     assert still_waits
     assert answers == reference[70:80]
     assert median(during) < median(before) + 0.05
-    # A machine with two cores has hiccups of its own; a hold-up lasts as long as the stop.
-    assert sorted(during)[-3] < max(before) + 0.25
-    assert max(during) < 2.0
+    assert max(during) < max(before) + 0.25, "a machine with two cores has hiccups of its own"
     assert "does not let go of the ledger" in str(server)
     assert wait_until(patient.is_at_rest, 5.0, 0.02), patient.accounts()
 
