@@ -124,7 +124,7 @@ class Holding:
         self._tell(0)
 
     def cancel(self) -> None:
-        """Likewise, and give all others back unused."""
+        """Tell the budget what its grants were used for, and give the others back."""
         self._tell(self.grants)
         self._grant(-self.grants)
 

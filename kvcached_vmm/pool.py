@@ -298,12 +298,10 @@ class ElasticPool(Generic[B]):
     def wake(self) -> bool:
         """Ask for the memory of the first extent; False if the budget has none to grant now."""
         with self.lock:
-            if self._extents[0].state == EMPTY:
-                if not self._reserve(1):
-                    return False
+            if self._extents[0].state == EMPTY and self._reserve(1):
                 self._stack += self._grow().blocks
                 self._holding.note()
-            return True
+            return self._extents[0].state != EMPTY
 
     def _load(self, wanted: int) -> None:
         """Put more blocks on the stack, which has run out; at best as many as are wanted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import torch
 
+from integration.benchmarks.first_prompt import Late
 from integration.benchmarks.step import UniProcExecutor
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.vllm import memory
@@ -29,26 +31,11 @@ BLOCKS = 16
 BUDGET = BLOCKS * PAGE
 
 
-class Late:
-    """A mark that the device passes after a while, as one that runs another process's kernels."""
-
-    seconds = 0.003
-
-    def __init__(self) -> None:
-        self._passed_at = time.monotonic() + self.seconds
-
-    def query(self) -> bool:
-        return time.monotonic() >= self._passed_at
-
-    def synchronize(self) -> None:
-        time.sleep(max(0.0, self._passed_at - time.monotonic()))
-
-
 @pytest.fixture
 def settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     driver = HostDriver(64 * MIB, granularity=PAGE)
     monkeypatch.setattr(memory, "device_driver", lambda _: driver)
-    monkeypatch.setattr(memory, "Passed", Late)
+    monkeypatch.setattr(memory, "Passed", functools.partial(Late, 0.003))
     return Settings.read({"KVCACHED_DIR": str(folder), "KVCACHED_BUDGET": str(BUDGET)})
 
 

@@ -11,18 +11,16 @@ of its own, all of our plugin on the host driver.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-from integration.benchmarks.growth import BLOCKS, RESTING, request, rest
-from integration.benchmarks.step import BLOCK_BYTES, make_elastic, scheduler_of
+from integration.benchmarks.growth import BLOCKS, request, rest, started, two_that_rest
+from integration.benchmarks.step import make_elastic, scheduler_of
 from integration.benchmarks.traces import finish_step, take_step
 from integration.gpu.record import MemorySampler, facts, write_json
 from kvcached_vmm.units import MIB
@@ -35,23 +33,20 @@ PROMPT_TOKENS = 1024
 REST_S = 1.5
 """Between prompts: memory without content has gone by then, and nobody is about to ask."""
 ASKING = "asking"
+MODULE = "integration.benchmarks.first_prompt"
 
 
-def be_late(seconds: float) -> None:
-    """Marks of this process pass so many seconds after they were set."""
-    from kvcached_plugins.vllm import memory
+class Late:
+    """A mark that passes so many seconds after it was set."""
 
-    class Late:
-        def __init__(self) -> None:
-            self._passed_at = time.monotonic() + seconds
+    def __init__(self, seconds: float) -> None:
+        self._passed_at = time.monotonic() + seconds
 
-        def query(self) -> bool:
-            return time.monotonic() >= self._passed_at
+    def query(self) -> bool:
+        return time.monotonic() >= self._passed_at
 
-        def synchronize(self) -> None:
-            time.sleep(max(0.0, self._passed_at - time.monotonic()))
-
-    memory.Passed = Late  # type: ignore[assignment,misc]
+    def synchronize(self) -> None:
+        time.sleep(max(0.0, self._passed_at - time.monotonic()))
 
 
 def ask(model: Path, folder: Path, prompts: int) -> list[float]:
@@ -92,38 +87,20 @@ def arm(part: str, model: Path, late_s: float, prompts: int) -> None:
         print(json.dumps(ask(model, Path(os.environ["KVCACHED_DIR"]), prompts)))
         return
     if late_s:
-        be_late(late_s)
+        from kvcached_plugins.vllm import memory
+
+        memory.Passed = functools.partial(Late, late_s)  # type: ignore[assignment,misc]
     rest(model)
-
-
-def _engine(part: str, model: Path, folder: Path, late_s: float, prompts: int) -> Any:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("KVCACHED_")}
-    env |= {"ENABLE_KVCACHED": "1", "VLLM_LOGGING_LEVEL": "ERROR", "KVCACHED_NAME": part}
-    env |= {"KVCACHED_DIR": str(folder), "KVCACHED_RESERVE": str(16 * MIB)}
-    env |= {"KVCACHED_BUDGET": str(BLOCKS * BLOCK_BYTES)}
-    command = [sys.executable, "-m", "integration.benchmarks.first_prompt", "--arm", part]
-    return subprocess.Popen(
-        [*command, str(model), str(late_s), "--prompts", str(prompts)],
-        env=env,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
 
 
 def measure(folder: Path, late_s: float, prompts: int) -> dict[str, float]:
     """Waits of so many prompts beside two engines whose device is that late."""
     from integration.models import write_model
 
-    model = write_model(folder / "model")
-    resting = [_engine(part, model, folder / "ledger", late_s, prompts) for part in RESTING]
-    try:
-        for engine in resting:
-            engine.stdout.readline()
-        output, _ = _engine(ASKING, model, folder / "ledger", late_s, prompts).communicate()
-    finally:
-        for engine in resting:
-            engine.communicate()
+    ledger, model = folder / "ledger", str(write_model(folder / "model"))
+    words = [model, str(late_s), "--prompts", str(prompts)]
+    with two_that_rest(MODULE, ledger, words):
+        output, _ = started(MODULE, ASKING, ledger, words).communicate()
     waits = json.loads(output.splitlines()[-1])
     return {
         "late_ms": 1e3 * late_s,

@@ -12,6 +12,7 @@ preempts a running request that lacks a single block, and computes it again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ PROMPT_TOKENS = ANSWER_TOKENS = 1024
 SECONDS = 10.0
 PATIENCE_S = 90.0
 RESTING = ("resting-a", "resting-b")
+MODULE = "integration.benchmarks.growth"
 
 
 def request(name: str, seed: int, prompt: int, answer: int) -> Any:
@@ -122,15 +125,17 @@ def arm(part: str, model: Path, rate: float) -> None:
         print(json.dumps(peak(model, part == "elastic", rate)))
 
 
-def _engine(part: str, model: Path, folder: Path, rate: float) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "integration.benchmarks.growth", "--rate", str(rate)]
+def started(
+    module: str, part: str, folder: Path, words: Sequence[str], elastic: bool = True
+) -> subprocess.Popen[str]:
+    """An engine in a process of its own: ``module`` with ``--arm part`` and ``words``."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("KVCACHED_")}
-    env |= {"ENABLE_KVCACHED": str(int(part != "static")), "VLLM_LOGGING_LEVEL": "ERROR"}
+    env |= {"ENABLE_KVCACHED": str(int(elastic)), "VLLM_LOGGING_LEVEL": "ERROR"}
     env |= {"KVCACHED_DIR": str(folder), "KVCACHED_NAME": part}
     # What the default is for 24 GiB of blocks of 2 MiB: 512 MiB.
     env |= {"KVCACHED_BUDGET": str(BLOCKS * BLOCK_BYTES), "KVCACHED_RESERVE": str(16 * MIB)}
     return subprocess.Popen(
-        [*command, "--arm", part, str(model)],
+        [sys.executable, "-m", module, "--arm", part, *words],
         env=env,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -138,25 +143,32 @@ def _engine(part: str, model: Path, folder: Path, rate: float) -> subprocess.Pop
     )
 
 
+@contextlib.contextmanager
+def two_that_rest(module: str, folder: Path, words: Sequence[str]) -> Iterator[list[int]]:
+    """Two engines of ``module`` whose caches fill the budget; yields the bytes of each."""
+    engines = [started(module, part, folder, words) for part in RESTING]
+    try:
+        held = []
+        for engine in engines:
+            assert engine.stdout is not None
+            held.append(int(engine.stdout.readline()))
+        yield held
+    finally:
+        for engine in engines:
+            engine.communicate()
+
+
 def compare(folder: Path, rate: float) -> dict[str, Any]:
     """The peak beside two that rest, and on an engine with a third for itself."""
     from integration.models import write_model
 
-    model = write_model(folder / "model")
-    resting = [_engine(part, model, folder / "ledger", rate) for part in RESTING]
-    try:
-        held = []
-        for engine in resting:
-            assert engine.stdout is not None
-            held.append(int(engine.stdout.readline()))
+    ledger, words = folder / "ledger", [str(write_model(folder / "model")), "--rate", str(rate)]
+    with two_that_rest(MODULE, ledger, words) as held:
         found: dict[str, Any] = {"cached_before_bytes": sum(held)}
         for part in ("elastic", "static"):
-            engine = _engine(part, model, folder / "ledger", rate)
+            engine = started(MODULE, part, ledger, words, elastic=part == "elastic")
             output, _ = engine.communicate()
             found[part] = json.loads(output.splitlines()[-1])
-    finally:
-        for engine in resting:
-            engine.communicate()
     return found
 
 

@@ -96,20 +96,19 @@ def summary(looks: list[Look]) -> Json:
 
 def main() -> int:
     """Ask for the GPU's memory, clock and reasons every ``OFTEN_S`` until nobody listens."""
-    clock, memory = _clock_reader(), MemorySampler(OFTEN_S)
-    memory.start()
+    clock, memory = _clock_reader(), MemorySampler()
     ended = threading.Event()
 
     def ask() -> None:
         while not ended.wait(OFTEN_S):
             clock()
+            memory.used_bytes()
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     print("asking", flush=True)
     sys.stdin.read()
     ended.set()
-    memory.stop()
     return 0
 
 

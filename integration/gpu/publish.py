@@ -45,7 +45,7 @@ def target(file: File) -> str:
     if words == ["neighbours"] and file.data["parameters"].get("second", "vllm") != "vllm":
         words.append(file.data["parameters"]["second"])
     if words == ["overhead"] and file.data.get("engines", 1) > 1:
-        words.append("alone" if file.data.get("roomy") else "turns")
+        words.append("turns" if file.in_turns else "alone")
     if words == ["activation"] and file.data.get("shape", "8b") != "8b":
         words.append(file.data["shape"])
     gpu = file.facts["gpu"]["name"].removeprefix("NVIDIA ").split()[0]
