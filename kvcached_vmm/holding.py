@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Generic
 
 from kvcached_vmm.extents import ExtentMap, Footprint
@@ -41,33 +42,25 @@ class Extent(Generic[B]):
         self.used = UNUSED
 
 
-def order(
-    stack: list[B], owner: Sequence[Extent[B]], step: int
-) -> tuple[list[Extent[B]], dict[Extent[B], int]]:
-    """Put free blocks of the fullest extents at the end of ``stack``, and take out those of extents
-    that are free as a whole, but for the first extent.
+class Idle(OrderedDict[Extent[B], None]):
+    """Idle extents, in the order in which they became so."""
 
-    Args:
-        owner: the extent of each block.
-        step: the last one launched, which may still use any of them.
+    def add(self, extent: Extent[B], now: float) -> None:
+        """All blocks of ``extent`` are free."""
+        extent.state = IDLE
+        extent.idle_since = now
+        self[extent] = None
 
-    Returns:
-        The extents taken out, and how many blocks each of the others has on the stack.
-    """
-    free: defaultdict[Extent[B], list[B]] = defaultdict(list)
-    for block in stack:
-        free[owner[block.block_id]].append(block)
-    stack.clear()
-    whole, partly = [], []
-    for extent, blocks in free.items():
-        extent.quiet_step = step
-        if len(blocks) == len(extent.blocks) and extent.index:
-            whole.append(extent)
-        else:
-            partly.append((-len(blocks), extent.index, extent))
-    for _, _, extent in sorted(partly):
-        stack += free[extent]
-    return whole, {extent: -count for count, _, extent in partly}
+    def take(self, extent: Extent[B]) -> Extent[B]:
+        """``extent`` is to be used, or to leave."""
+        del self[extent]
+        extent.state = RESIDENT
+        return extent
+
+    def since(self, moment: float, most: int) -> list[Extent[B]]:
+        """Of the first ``most``, those that have been idle since ``moment`` or longer."""
+        oldest = itertools.islice(self, max(0, most))
+        return [extent for extent in oldest if extent.idle_since <= moment]
 
 
 class Holding:

@@ -59,12 +59,15 @@ class Policy:
         cache_seconds: a cached extent that nobody asks for is kept this long.
         cache_bytes: cached blocks may hold this much before new blocks evict them; None: no bound.
         reserve_bytes: idle extents kept ready while any block is live, at most (``Appetite``).
+        own_extents: long requests get extents of their own (``Runs``): for engines that keep no
+            cache, where an extent waits for the last request in it.
     """
 
     decay_seconds: float = 0.5
     cache_seconds: float = 60.0
     cache_bytes: int | None = None
     reserve_bytes: int = 0
+    own_extents: bool = False
 
     def most_cached(self, extents: ExtentMap) -> int:
         """How many blocks may be cached before new blocks evict them."""
@@ -99,9 +102,13 @@ class Appetite:
         """The budget had less than was asked of it."""
         self._tight_until = now + TIGHT_SECONDS
 
+    def is_tight(self, now: float) -> bool:
+        """Whether the budget had too little of late."""
+        return now < self._tight_until
+
     def extents(self, reserve: int, blocks_per_extent: int, now: float) -> int:
         """How many idle extents to keep ready, at most ``reserve``."""
-        if now < self._tight_until:
+        if self.is_tight(now):
             return reserve
         return min(reserve, 1 + max(self._most, self._before) // blocks_per_extent)
 
@@ -110,7 +117,7 @@ class Appetite:
 
         Neighbours are asked for half of the reserve at a time: a single extent wakes them as often.
         """
-        return min(ready, ready // 2 + 1) if now < self._tight_until else ready
+        return min(ready, ready // 2 + 1) if self.is_tight(now) else ready
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,15 @@ cached extent that nobody has used for longest. Whoever takes whole extents' wor
 idle and granted extents first, while there are few free blocks in others: blocks that are taken
 together tend to come back together.
 
-The free blocks of resident extents lie on one stack, in the order in which they will be handed out.
-Handing out and taking back are list operations on it, whatever the number of blocks; the order is
-made anew a few times a second, and blocks that come back in between wait at the bottom.
+The free blocks of resident extents lie on one ``Stack``: handing out and taking back are list
+operations, and the order is made anew a few times a second. ``Runs`` hold some of them back.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Generic
@@ -30,8 +27,10 @@ from kvcached_vmm.admission import Admission
 from kvcached_vmm.cache import AGES_SECONDS, Cache, evictable, remove_last
 from kvcached_vmm.extents import ExtentMap
 from kvcached_vmm.fence import StepClock
-from kvcached_vmm.holding import EMPTY, IDLE, LEAVING, RESIDENT, Extent, Holding, order
+from kvcached_vmm.holding import EMPTY, IDLE, LEAVING, RESIDENT, Extent, Holding, Idle
 from kvcached_vmm.policy import HOLES, LOOK_SECONDS, Appetite, B, Budget, Policy, Spending
+from kvcached_vmm.runs import Runs
+from kvcached_vmm.stack import Stack
 
 RELEASE_BATCH = 4
 """Extents given back beside a step. A driver call takes up to 0.2 ms while kernels run (H200), and
@@ -72,17 +71,16 @@ class ElasticPool(Generic[B]):
         self._clock = clock
         self._evict = evict
         self._now = now
-        self._unit = extents.largest_bytes
-        self._span = extents.blocks_per_extent
+        self._unit, self._span = extents.largest_bytes, extents.blocks_per_extent
         self._extents = [
             Extent(index, [blocks[b] for b in reversed(extents.blocks(index)) if b])
             for index in range(extents.num_extents)
         ]
         self._owner = [self._extents[extents.extent_of(b)] for b in range(extents.num_blocks)]
-        self._stack: list[B] = []
-        self._sorted = True
-        self._idle: OrderedDict[Extent[B], None] = OrderedDict()
+        self._stack: Stack[B] = Stack()
+        self._idle: Idle[B] = Idle()
         self._cache = Cache(self._extents, self._owner, self._unit)
+        self._runs = Runs(self._span, self._begin_run) if self.policy.own_extents else None
         self._resident_blocks = self._granted_blocks = self._leaving = 0
         self._looked = -1.0
         self._appetite = Appetite()
@@ -131,7 +129,7 @@ class ElasticPool(Generic[B]):
     @property
     def has_spare(self) -> bool:
         """Whether time alone may set an extent free."""
-        return bool(self._idle or self.cached_blocks or not self._sorted)
+        return bool(self._idle or self.cached_blocks or not self._stack.is_sorted)
 
     def take(self, count: int) -> list[B]:
         """Hand out ``count`` blocks, at most ``num_free_blocks``; the caller holds ``lock``. What
@@ -139,15 +137,17 @@ class ElasticPool(Generic[B]):
         self.num_free_blocks -= count
         self._appetite.taken += count
         stack = self._stack
+        taken = self._runs.take(count) if self._runs else []
         if count == 1:
-            while not stack:
+            while not (taken or stack):
                 self._load(1)
-            return [stack.pop()]
-        taken: list[B] = []
-        if count >= self._span and len(stack) <= self.live_blocks // HOLES + count:
-            while count - len(taken) >= self._span and (self._idle or self._holding.grants):
-                taken += reversed(self._next_extent().blocks)
+            return taken or [stack.pop()]
         missing = count - len(taken)
+        if missing >= self._span and len(stack) <= self.live_blocks // HOLES + missing:
+            while missing >= self._span and (self._idle or self._holding.grants):
+                blocks = self._next_extent().blocks
+                taken += reversed(blocks)
+                missing -= len(blocks)
         while missing > len(stack):
             missing -= len(stack)
             taken += reversed(stack)
@@ -163,8 +163,9 @@ class ElasticPool(Generic[B]):
         if not blocks:
             return
         with self.lock:
-            self._stack[:0] = blocks
-            self._sorted = False
+            if self._runs:
+                self._stack.add(self._runs.end(blocks))
+            self._stack.add(blocks)
             self.num_free_blocks += len(blocks)
 
     def keep(self, blocks: Collection[B]) -> None:
@@ -173,6 +174,8 @@ class ElasticPool(Generic[B]):
         if not blocks:
             return
         with self.lock:
+            if self._runs:
+                self._stack.add(self._runs.end(blocks))
             self._cache.keep(blocks, (self._now(), self._clock.launched))
             self.num_free_blocks += len(blocks)
 
@@ -185,15 +188,19 @@ class ElasticPool(Generic[B]):
             if self._cache.remove(block):
                 return
             if extent.state == IDLE:
-                self._stack += self._leave_idle(extent).blocks
+                self._stack += self._idle.take(extent).blocks
             found = remove_last(self._stack, block)
             assert found, "a block that is not free cannot be wanted back"
 
-    def prepare(self, count: int, hits: Iterable[B] = ()) -> None:
+    def prepare(self, count: int, hits: Iterable[B] = (), held: Sequence[B] = ()) -> None:
         """Ask the budget for what is missing: the engine is about to want ``count`` blocks, among
-        them ``hits``, free ones whose content it will use. The caller holds ``lock``."""
-        short = count - (self.num_free_blocks - self.cached_blocks)
-        if short <= 0 and count < self._span:
+        them ``hits``, free ones whose content it will use, for a request that holds ``held``. The
+        caller holds ``lock``."""
+        short, own = count - (self.num_free_blocks - self.cached_blocks), 0
+        if self._runs:
+            short += self._runs.num_blocks
+            own = self._runs.extents_for(held, count)
+        if short <= 0 and count < self._span and not own:
             return
         cached_hits = self._cache.among(hits) if hits else 0
         short -= cached_hits
@@ -204,7 +211,7 @@ class ElasticPool(Generic[B]):
             short -= self._reserve(-(-short // self._span)) * self._span
             self.admission.coveted(short)
         if short <= 0 and not over:
-            whole = (count - cached_hits) // self._span - len(self._idle)
+            whole = max(own, (count - cached_hits) // self._span) - len(self._idle)
             self._reserve(whole - self._holding.grants)
         if count > self.num_free_blocks:
             # What was granted is not used then, and goes back.
@@ -225,7 +232,7 @@ class ElasticPool(Generic[B]):
                 self._reserve(short)
                 while self._holding.grants and len(ahead) < short:
                     extent = self._grow()
-                    self._become_idle(extent)
+                    self._idle.add(extent, self._now())
                     ahead.append(extent.index)
                 self.admission.coveted(ready * self._span - self.num_free_blocks)
             self.admission.settle()
@@ -245,15 +252,14 @@ class ElasticPool(Generic[B]):
             if now - self._looked >= min(LOOK_SECONDS, decay / 4):
                 self._looked = now
                 self._cache.enter()
-                past, most = now - self.policy.cache_seconds, self.policy.most_cached(self.extents)
-                self._forget_while(lambda e: e.used[0] <= past or self.cached_blocks > most)
+                past, bound = now - self.policy.cache_seconds, self.policy.most_cached(self.extents)
+                self._forget_while(lambda e: e.used[0] <= past or self.cached_blocks > bound)
                 self._cache.tidy()
                 free_blocks = self._sort()
                 if now - self._cache.noted_at >= AGES_SECONDS:
                     self._cache.note_ages(free_blocks, now)
-            spare = len(self._idle) - self._ready(now)
-            oldest = list(itertools.islice(self._idle, max(0, min(spare, limit))))
-            return self._leave(extent for extent in oldest if extent.idle_since <= now - decay)
+            most = min(limit, len(self._idle) - self._ready(now))
+            return self._leave(self._idle.since(now - decay, most))
 
     def reclaim(self, wanted_bytes: int) -> list[int]:
         """Give back at least ``wanted_bytes`` if there is that much to spare: idle extents first,
@@ -307,24 +313,31 @@ class ElasticPool(Generic[B]):
         """Put more blocks on the stack, which has run out; at best as many as are wanted."""
         if self._idle or self._holding.grants:
             self._stack += self._next_extent().blocks
+        elif self._runs and self._runs.num_blocks:
+            self._stack += self._runs.dissolve()
         else:
             blocks = self._cache.evict(wanted)
             assert blocks, "more blocks were asked for than num_free_blocks"
             self._stack += reversed(blocks)
-            self._sorted = False
+            self._stack.is_sorted = False
+
+    def _begin_run(self) -> list[B]:
+        """The blocks of another extent, which the engine forgets; none while memory is short."""
+        if not (self._idle or self._holding.grants) or self._appetite.is_tight(self._now()):
+            return []
+        blocks = self._next_extent().blocks
+        self._evict(blocks)
+        return blocks
 
     def _sort(self) -> dict[Extent[B], int]:
-        """Take extents that are free as a whole off the stack, and put the blocks of the fullest
-        extents on top of it. Returns how many blocks each of the others has on the stack."""
-        whole, free_blocks = order(self._stack, self._owner, self._clock.launched)
+        """``Stack.order``; what it takes out is idle. Returns what each of the others has there."""
+        whole, free_blocks = self._stack.order(self._owner, self._clock.launched)
         for extent in whole:
-            self._become_idle(extent)
-        self._sorted = True
+            self._idle.add(extent, self._now())
         return free_blocks
 
     def _forget_while(self, holds: Callable[[Extent[B]], bool]) -> None:
-        """Forget the extent that nobody has used for longest, as long as ``holds`` says so of it;
-        the engine forgets its content when it is reused."""
+        """Forget the extent that nobody has used for longest, as long as ``holds`` of it."""
         while (extent := self._cache.oldest()) and holds(extent):
             self._forget(extent)
 
@@ -334,8 +347,7 @@ class ElasticPool(Generic[B]):
         return self._appetite.extents(most, self._span, now)
 
     def _next_extent(self) -> Extent[B]:
-        """An idle extent, or one that was granted."""
-        return self._leave_idle(next(reversed(self._idle))) if self._idle else self._grow()
+        return self._idle.take(next(reversed(self._idle))) if self._idle else self._grow()
 
     def _grow(self) -> Extent[B]:
         extent = self._extents[self._holding.grow()]
@@ -363,32 +375,21 @@ class ElasticPool(Generic[B]):
         self._holding.remove(extent.index for extent in extents)
         self._count_grants()
 
-    def _become_idle(self, extent: Extent[B]) -> None:
-        extent.state = IDLE
-        extent.idle_since = self._now()
-        self._idle[extent] = None
-
-    def _leave_idle(self, extent: Extent[B]) -> Extent[B]:
-        del self._idle[extent]
-        extent.state = RESIDENT
-        return extent
-
     def _forget(self, extent: Extent[B]) -> None:
         """Keep the content of ``extent`` no longer."""
         extent.quiet_step = extent.used[1]
         blocks = self._cache.drop(extent)
         if len(blocks) == len(extent.blocks) and extent.index:
-            self._become_idle(extent)
+            self._idle.add(extent, self._now())
         else:
-            self._stack[:0] = blocks
-            self._sorted = False
+            self._stack.add(blocks)
 
     def _leave(self, extents: Iterable[Extent[B]], wanted_bytes: float = math.inf) -> list[int]:
         """Give back those of these idle ``extents`` that are quiet, until that is enough."""
         leaving: list[int] = []
         for extent in extents:
             if wanted_bytes > 0 and self._clock.quiet(extent.quiet_step):
-                self._leave_idle(extent)
+                self._idle.take(extent)
                 self._evict(extent.blocks)
                 extent.state = LEAVING
                 self._leaving += 1

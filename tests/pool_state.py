@@ -17,7 +17,9 @@ def check_pool(pool: ElasticPool[Any]) -> None:
     news = [block.block_id for _, blocks in cache._news for block in blocks]
     cached = entered + news
     idle = [block.block_id for extent in pool._idle for block in extent.blocks]
-    free = stacked + cached + idle
+    after = pool._runs._after if pool._runs else {}
+    runs = [block.block_id for run in after.values() for block in run]
+    free = stacked + cached + idle + runs
     assert len(free) == len(set(free))
     assert 0 not in free
     assert pool.num_free_blocks == len(free) + pool._holding.granted_blocks
@@ -27,7 +29,8 @@ def check_pool(pool: ElasticPool[Any]) -> None:
     assert len(used) == len(set(used))
     assert set(used) == {pool._owner[block] for block in entered}
     assert all(extent.used is UNUSED for extent in set(pool._extents) - set(used))
-    assert all(pool._owner[block].state == RESIDENT for block in stacked + cached)
+    assert all(pool._owner[block].state == RESIDENT for block in stacked + cached + runs)
+    assert not pool._runs or pool._runs.num_blocks == len(runs)
     in_state = defaultdict(set)
     for extent in pool._extents:
         in_state[extent.state].add(extent.index)

@@ -159,6 +159,7 @@ class World:
 
     def check(self) -> None:
         check_pool(self.pool)
+        assert not self.pool._runs or self.live.issuperset(self.pool._runs._after)
         footprint = Footprint(self.layout)
         for extent in self.memory:
             footprint.add(extent)
@@ -188,10 +189,12 @@ class PoolMachine(RuleBasedStateMachine):
             cache_seconds=st.sampled_from([1.0, 60.0]),
             cache_bytes=st.sampled_from([None, 0, 5 * PAGE]),
             reserve_bytes=st.sampled_from([0, 8 * PAGE]),
+            own_extents=st.booleans(),
         ),
     )
     def start(self, layout: ExtentMap, limit: int, policy: Policy) -> None:
         self.world = World(layout, policy, limit)
+        self.requests: list[list[int]] = [[]]
         self.awake = True
 
     def some(self, data: st.DataObject, ids: set[int]) -> list[int]:
@@ -207,6 +210,17 @@ class PoolMachine(RuleBasedStateMachine):
         if room >= world.layout.largest_bytes and world.budget.generosity >= world.budget.limit:
             most = world.layout.num_blocks - 1 - len(world.live) - len(self.unavailable())
             assert world.pool.num_free_blocks >= min(count, most), "more could have been had"
+
+    @precondition(lambda self: self.awake)
+    @rule(count=st.sampled_from([1, 1, 1, 3, 6]), number=st.integers(0, 3))
+    def grow(self, count: int, number: int) -> None:
+        """A request gets more blocks, or a new one its first."""
+        world = self.world
+        self.requests = [[], *filter(None, self.requests)]
+        request = self.requests[number % len(self.requests)]
+        world.pool.prepare(count, held=[world.blocks[block] for block in request])
+        if world.pool.num_free_blocks >= count:
+            request += world.take(count)
 
     def unavailable(self) -> set[int]:
         """Blocks of extents that are on their way out."""
@@ -227,11 +241,13 @@ class PoolMachine(RuleBasedStateMachine):
     def give_back(self, data: st.DataObject, cached: bool) -> None:
         ids = self.some(data, self.world.live)
         self.world.time += 0.01
+        self.requests = [[b for b in blocks if b not in ids] for blocks in self.requests]
         (self.world.keep if cached else self.world.put)(ids)
 
     @precondition(lambda self: self.world.live)
     @rule(cached=st.booleans())
     def give_all_back(self, cached: bool) -> None:
+        self.requests = [[]]
         (self.world.keep if cached else self.world.put)(sorted(self.world.live))
 
     @precondition(lambda self: self.world.cached)

@@ -47,10 +47,9 @@ def start(settings: Settings) -> Steward:
     worker: Any = SimpleNamespace(device=torch.device("cpu"))
     worker.kvcached = WorkerMemory(worker, config, settings)
     names = SimpleNamespace(served_model_name="resting", model="resting")
+    cache = SimpleNamespace(block_size=16, enable_prefix_caching=True)
     core = SimpleNamespace(
-        vllm_config=SimpleNamespace(
-            model_config=names, cache_config=SimpleNamespace(block_size=16)
-        ),
+        vllm_config=SimpleNamespace(model_config=names, cache_config=cache),
         model_executor=UniProcExecutor(worker),
     )
     scheduler = SimpleNamespace(

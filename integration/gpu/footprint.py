@@ -98,6 +98,13 @@ def falling(samples: Sequence[Sample], name: str, shares: Sequence[float] = SHAR
     return told
 
 
+def load(o: argparse.Namespace, seed: int = 0) -> list[traffic.Ask]:
+    """The requests; those of the servers have seed 0."""
+    asks = traffic.steady(o.rate, o.seconds, o.prompt_tokens, 1, seed=11 + 100 * seed)
+    asks = traffic.prefixed(asks, o.prefixes, o.prompt_tokens // 2, 12 + 100 * seed, share=2 / 3)
+    return traffic.staggered(asks, o.shortest, o.longest, seed=13 + 100 * seed)
+
+
 class Footprint:
     """Both servers, one load on each, and what they held."""
 
@@ -132,9 +139,7 @@ class Footprint:
     def one(self, name: str) -> None:
         """The load on one of them, until it is idle again."""
         run, o = self.run, self.run.o
-        asks = traffic.steady(o.rate, o.seconds, o.prompt_tokens, 1, seed=11)
-        asks = traffic.prefixed(asks, o.prefixes, o.prompt_tokens // 2, seed=12, share=2 / 3)
-        asks = traffic.staggered(asks, o.shortest, o.longest, seed=13)
+        asks = load(o)
         at, off, replies = self.house.send(name, {name: asks}, 14, o.tail_s, run.deadline)
         last_at = at + traffic.ends_s({name: asks})
         ended = max((reply.ended for reply in replies[name]), default=last_at)

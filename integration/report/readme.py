@@ -23,13 +23,21 @@ AWAKE = "activation-h100.json"
 COLOCATED = "colocation-vllm-0.30.0-h200.json"
 COLOCATED_NEW = "colocation-vllm-0.33.0-h200.json"
 COLOCATED_AGAIN = "colocation-vllm-0.30.0-h200-20261129175640.json"
-COMPILED = "colocation-vllm-0.33.0-h200-20261129203412.json"
+COMPILED = (
+    "colocation-vllm-0.33.0-h200-20261129203412.json",
+    "colocation-vllm-0.33.0-h200-20261129232344.json",
+)
 OVERHEAD = "overhead-h200.json"
 PAIRS = (
     "overhead-alone-h200.json",
+    "overhead-alone-h200-20261129233616-2.json",
     "overhead-turns-h200-20261129200546.json",
+    "overhead-turns-h200-20261129231421.json",
     "overhead-turns-h200-20261129175639.json",
 )
+BUSY = "overhead-alone-h200-20261129233616.json"
+DENSE = "density-h200-20261129233102.json"
+FOOTPRINT = "footprint-h200.json"
 GROWTH = "bench-growth.json"
 NONE = "\N{EN DASH}"
 
@@ -52,13 +60,16 @@ def tables(files: Files) -> dict[str, list[str]]:
         ],
         "| NVIDIA H200": [
             *_saturated(held[SATURATED]),
+            _throughput(held[BUSY]),
+            _dense(held[DENSE]),
+            _footprint(held[FOOTPRINT]),
             _tokens(held[TOKENS], held[GRAPH_TOKENS], held[PREEMPTED]),
             _overhead(held[OVERHEAD]),
             *(_pairs(held[name]) for name in PAIRS),
         ],
         "| Three Llama-3.1-8B": [
             row
-            for name in (COLOCATED, COLOCATED_AGAIN, COLOCATED_NEW, COMPILED)
+            for name in (COLOCATED, COLOCATED_AGAIN, COLOCATED_NEW, *COMPILED)
             for row in _colocated(held[name])
         ],
         "| An engine that grows": [_growth(held[GROWTH])],
@@ -192,11 +203,40 @@ def _pairs(file: File) -> str:
     ttft, tpot = (file.pairs(key) for key in _MEANS)
     version = file.facts["versions"]["vllm"]
     started = "as it starts by itself" if file.compiles else "without `torch.compile`"
-    who = "three take turns in the memory that a stock one has" if file.in_turns else "one alone"
-    count = min(each.count for each in ttft.values())
+    each = "in" if file.in_turns else "each with"
+    engines = {2: "two", 3: "three"}[file.data["engines"]]
+    who = f"{engines} take turns {each} the memory that a stock one has"
+    count = min(pair.count for pair in ttft.values())
     label = f"vLLM {version} {started}, {who}, {count} pairs of runs: mean TTFT / TPOT"
-    told = "; ".join(f"{name}: {each} / {tpot[name]}" for name, each in ttft.items())
+    told = "; ".join(f"{name}: {pair} / {tpot[name]}" for name, pair in ttft.items())
     return _row(label, "1", told, file.name)
+
+
+def _throughput(file: File) -> str:
+    pair = file.pairs("output_tokens_per_s")["saturated"]
+    version = file.facts["versions"]["vllm"]
+    label = f"vLLM {version} as it starts by itself, {pair.count} pairs of runs: the same tokens/s"
+    assert pair.error is not None
+    return _row(label, "1", f"{pair.ratio:.4f} \N{PLUS-MINUS SIGN} {pair.error:.4f}", file.name)
+
+
+def _dense(file: File) -> str:
+    """How many engines served at once; a fixed part of memory each, or ours."""
+    crowds = {each["arm"]: each for each in file.data["crowds"]}
+    stock, ours = crowds["static"], crowds["ours"]
+    label = "8B engines that start and serve, 8 GiB of KV each or one budget"
+    idle = max(wave["kv_idle_bytes_most"] for wave in ours["waves"]) >> 20
+    told = f"{ours['engines']}, idle with {idle} MiB of KV each"
+    return _row(label, str(stock["engines"]), told, file.name)
+
+
+def _footprint(file: File) -> str:
+    """Committed over what is live or cached, from the last request to the last answer."""
+    plain, caching = (
+        f"{file.data['engines'][name]['after_load']:.2f}" for name in ("plain", "caching")
+    )
+    label = "KV memory held over needed while long answers end, prefix caching off / on"
+    return _row(label, NONE, f"{plain} / {caching}", file.name)
 
 
 def _times(ratio: float) -> str:

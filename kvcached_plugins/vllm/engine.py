@@ -150,9 +150,8 @@ def _prepare(
     hits = [
         block for group in computed for block in group if block.ref_cnt == 0 and not block.is_null
     ]
-    managers = coordinator.single_type_managers
-    is_new = not any(manager.req_to_blocks.get(request_id) for manager in managers)
-    if is_new and not elastic.admission.admits(elastic.live_blocks, count):
+    held = [m.req_to_blocks.get(request_id, ()) for m in coordinator.single_type_managers]
+    if not any(held) and not elastic.admission.admits(elastic.live_blocks, count):
         return int(pool.num_gpu_blocks)
-    elastic.prepare(count + pool.margin_blocks, hits)
+    elastic.prepare(count + pool.margin_blocks, hits, held[0] if len(held) == 1 else ())
     return count

@@ -77,9 +77,11 @@ def plan(
     limit_bytes: int,
     extent: int | None,
     request_bytes: int = 0,
+    most_bytes: int = EXTENT_BYTES,
 ) -> Plan:
-    """The size of extents for all workers: about ``extent`` bytes, or what suits the limit."""
-    target = extent or min(EXTENT_BYTES, ceil_to(limit_bytes // EXTENTS_PER_BUDGET, granularity))
+    """The size of extents for all workers: about ``extent`` bytes; if that is None, ``most_bytes``
+    or what suits the limit."""
+    target = extent or min(most_bytes, ceil_to(limit_bytes // EXTENTS_PER_BUDGET, granularity))
     return Plan(
         max(
             blocks_per_extent(regions(config), granularity, max(target, granularity))

@@ -10,6 +10,7 @@ from kvcached_plugins.refusal import wait_for_engine_startup as wait_for_engine_
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, plan
 from kvcached_vmm.errors import KVCachedError
+from kvcached_vmm.extents import EXTENT_BYTES, OWN_EXTENT_BYTES
 from kvcached_vmm.host_driver import GRANULARITY as HOST_GRANULARITY
 from kvcached_vmm.locks import private_directory
 from kvcached_vmm.units import MIB, format_size
@@ -127,12 +128,18 @@ def get_kv_cache_configs(
         granularity = GPU_GRANULARITY if on_gpu else HOST_GRANULARITY
         limits = (settings.budget_bytes, settings.maximum_bytes)
         limit = min([*available, *(limit // ranks for limit in limits if limit is not None)])
-        chosen = plan(configs, granularity, limit, settings.extent_bytes, request)
+        most = OWN_EXTENT_BYTES if gives_own_extents(vllm_config) else EXTENT_BYTES
+        chosen = plan(configs, granularity, limit, settings.extent_bytes, request, most)
     except KVCachedError as error:
         raise Refusal(str(error)) from error
     for config in configs:
         setattr(config, ATTRIBUTE, chosen)
     return configs
+
+
+def gives_own_extents(vllm_config: Any) -> bool:
+    """Whether long requests get extents of their own: a prefix cache keeps extents anyway."""
+    return not vllm_config.cache_config.enable_prefix_caching
 
 
 def _refuse_unsupported_layers(specs: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from kvcached_plugins.vllm.memory import (
     WorkerMemory,
     WorkerReport,
 )
+from kvcached_plugins.vllm.planning import gives_own_extents
 from kvcached_plugins.vllm.pool import ElasticBlockPool, ElasticFreeQueue
 from kvcached_vmm.account import Account
 from kvcached_vmm.errors import EngineUnsupported, KVCachedError
@@ -105,6 +106,7 @@ class Steward:
                 cache_seconds=settings.cache_seconds,
                 cache_bytes=settings.cache_bytes,
                 reserve_bytes=min(limit // 32, RESERVE_BYTES) if reserve is None else reserve,
+                own_extents=gives_own_extents(config),
             ),
         )
         self._scheduler = scheduler
