@@ -66,7 +66,7 @@ bench: export KVC_COMMIT = $(shell git describe --always --dirty 2>/dev/null)
 bench: export HF_HUB_OFFLINE = 1
 bench: export VLLM_LOGGING_LEVEL = ERROR
 bench: setup
-	@missed=0; for name in churn ledger_ops ledger_storm pool_ops step growth first_prompt reclaim; do echo "$$name:"; \
+	@missed=0; for name in churn tail ledger_ops ledger_storm pool_ops step growth first_prompt reclaim; do echo "$$name:"; \
 	  .venv/bin/python -m integration.benchmarks.$$name \
 	    --json integration/results/bench-$$(echo $${name%_ops} | tr _ -).json || missed=1; \
 	done; exit $$missed

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +38,14 @@ def test_a_few_long_answers_do_not_hold_what_many_needed(seed: int) -> None:
     """Prior art held 4.6 times what was live after such a load, and 1.4 at best."""
     assert churn.after_load(seed) <= churn.GOAL
     assert churn.after_load(seed, churn.SHARED) > churn.GOAL, "a load that shows nothing"
+
+
+@needs_vllm
+def test_vllms_scheduler_gives_long_requests_extents_of_their_own() -> None:
+    """The same at eight times the pace, in a process of its own, which the plugin changes."""
+    command = [sys.executable, "-m", "integration.benchmarks.tail", "--speed", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
 def check(trace: Trace) -> None:

@@ -28,7 +28,13 @@ from integration.benchmarks.churn import BLOCK_BYTES, Plenty
 from integration.benchmarks.traces import BLOCK_TOKENS, LOADS, Trace, recorded, simulated
 from integration.gpu.record import MemorySampler, facts, write_json
 from kvcached_plugins.vllm.pool import ElasticBlockPool, ElasticFreeQueue
-from kvcached_vmm.extents import EXTENT_BYTES, ExtentMap, Region, blocks_per_extent
+from kvcached_vmm.extents import (
+    EXTENT_BYTES,
+    OWN_EXTENT_BYTES,
+    ExtentMap,
+    Region,
+    blocks_per_extent,
+)
 from kvcached_vmm.fence import StepClock
 from kvcached_vmm.policy import Policy
 from kvcached_vmm.units import MIB
@@ -85,7 +91,8 @@ def stock_pool(num_blocks: int, prefix_caching: bool) -> tuple[BlockPool, Callab
 def elastic_pool(num_blocks: int, prefix_caching: bool) -> tuple[BlockPool, Callable[[], None]]:
     """Our pool, bound and fully grown, and the calls that an engine makes once a step."""
     region = Region(0, BLOCK_BYTES)
-    span = blocks_per_extent([region], 2 * MIB, EXTENT_BYTES)
+    size = EXTENT_BYTES if prefix_caching else OWN_EXTENT_BYTES
+    span = blocks_per_extent([region], 2 * MIB, size)
     clock = StepClock()
     seconds = 0.0
     pool = ElasticBlockPool(num_blocks, prefix_caching, BLOCK_TOKENS)
@@ -95,7 +102,7 @@ def elastic_pool(num_blocks: int, prefix_caching: bool) -> tuple[BlockPool, Call
         Plenty(),
         clock,
         pool.evict,
-        Policy(decay_seconds=FOREVER, cache_seconds=FOREVER),
+        Policy(decay_seconds=FOREVER, cache_seconds=FOREVER, own_extents=not prefix_caching),
         now=lambda: seconds,
     )
     elastic.prepare(num_blocks - 1)

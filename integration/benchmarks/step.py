@@ -58,7 +58,7 @@ def scheduler_of(model: Path, blocks: int, prefix_caching: bool = False) -> Any:
     return make_scheduler(model, blocks, [tensor], prefix_caching)
 
 
-def make_elastic(scheduler: Any) -> Callable[[Any], None]:
+def make_elastic(scheduler: Any, blocks_per_extent: int = 16) -> Callable[[Any], None]:
     """Give a scheduler what our plugin gives it in an engine; returns what stands in for a step of
     the worker."""
     import torch
@@ -69,7 +69,7 @@ def make_elastic(scheduler: Any) -> Callable[[Any], None]:
     from kvcached_plugins.vllm.steward import Steward
 
     config = scheduler.kv_cache_config
-    setattr(config, ATTRIBUTE, Plan(blocks_per_extent=16))
+    setattr(config, ATTRIBUTE, Plan(blocks_per_extent))
     worker = SimpleNamespace(device=torch.device("cpu"))
     worker.kvcached = memory = WorkerMemory(worker, config, Settings.read())
     core = SimpleNamespace(

@@ -66,7 +66,7 @@ def section(
 
 def without_gpu(files: Files) -> list[str]:
     """The benchmarks of one machine without a GPU, each against its own goal."""
-    parts = (churn, pool, ledger, storm, growth, first_prompt, hand_over, soak)
+    parts = (churn, held_after_load, pool, ledger, storm, growth, first_prompt, hand_over, soak)
     rows = [row for part in parts for row in part(files)]
     return table(["figure", "measured", "goal", "verdict", "file"], rows)
 
@@ -90,6 +90,15 @@ def churn(files: Files) -> list[list[object]]:
         ]
         for each in file.data["figures"]
     ]
+
+
+def held_after_load(files: Files) -> list[list[object]]:
+    file = files.one("bench-tail.json")
+    if file is None:
+        return []
+    goal, found = file.data["goal"], file.data["after_load"]
+    label = "committed/live after a load, vLLM's scheduler, no prefix cache"
+    return [[label, found, f"at most {goal}", verdict(found <= goal), f"`{file.name}`"]]
 
 
 def pool(files: Files) -> list[list[object]]:
