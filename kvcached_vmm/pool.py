@@ -137,11 +137,13 @@ class ElasticPool(Generic[B]):
         self.num_free_blocks -= count
         self._appetite.taken += count
         stack = self._stack
-        taken = self._runs.take(count) if self._runs else []
-        if count == 1:
-            while not (taken or stack):
+        taken: list[B] = []
+        if self._runs and self._runs.asked:
+            taken = self._runs.take(count)
+        elif count == 1:
+            while not stack:
                 self._load(1)
-            return taken or [stack.pop()]
+            return [stack.pop()]
         missing = count - len(taken)
         if missing >= self._span and len(stack) <= self.live_blocks // HOLES + missing:
             while missing >= self._span and (self._idle or self._holding.grants):
@@ -153,9 +155,7 @@ class ElasticPool(Generic[B]):
             taken += reversed(stack)
             stack.clear()
             self._load(missing)
-        if missing:
-            taken += stack[: -missing - 1 : -1]
-            del stack[-missing:]
+        taken += stack.take(missing)
         return taken
 
     def put(self, blocks: Collection[B]) -> None:

@@ -27,6 +27,8 @@ class Runs(Generic[B]):
     def __init__(self, blocks_per_extent: int, fresh: Callable[[], Sequence[B]]) -> None:
         self.num_blocks = 0
         """Free blocks that are set aside."""
+        self.asked = False
+        """Whether the next blocks are for a request that has a run, or wants one."""
         self._span = blocks_per_extent
         self._fresh = fresh
         self._after: dict[int, list[B]] = {}
@@ -36,22 +38,21 @@ class Runs(Generic[B]):
         """How many more extents a request wants that holds the blocks ``held`` and is about to get
         ``count`` more; 0 if it is too short for extents of its own, or has a run that is enough."""
         self._held = held
-        if len(held) + count < self._span:
-            return 0
         run = self._after.get(held[-1].block_id, ()) if held else ()
-        return -(-(count - len(run)) // self._span) if count > len(run) else 0
+        is_long = len(held) + count >= self._span
+        self.asked = is_long or bool(run)
+        return -(-(count - len(run)) // self._span) if is_long and count > len(run) else 0
 
     def take(self, count: int) -> list[B]:
         """Hand out at most ``count`` blocks to the request that ``extents_for`` was last asked for;
         the others it is to share with short requests."""
-        held, self._held = self._held, ()
-        run = self._after.pop(held[-1].block_id, []) if held else []
-        taken = self._next(run, count)
-        if len(held) + count >= self._span:
-            while len(taken) < count and (found := self._fresh()):
-                run = list(found)
-                self.num_blocks += len(run)
-                taken += self._next(run, count - len(taken))
+        held, self.asked = self._held, False
+        run = self._after.pop(held[-1].block_id, None) if held else None
+        if run and count == 1:
+            taken = [run.pop()]
+            self.num_blocks -= 1
+        else:
+            taken, run = self._begin(run or [], count, len(held))
         if run:
             self._after[(taken or held)[-1].block_id] = run
         return taken
@@ -59,9 +60,9 @@ class Runs(Generic[B]):
     def end(self, blocks: Iterable[B]) -> list[B]:
         """``blocks`` are no longer in use, nor is what was set aside behind them."""
         ended: list[B] = []
-        if self._after:
-            for block in blocks:
-                ended += self._after.pop(block.block_id, ())
+        if after := self._after:
+            for last in [block.block_id for block in blocks if block.block_id in after]:
+                ended += after.pop(last)
             self.num_blocks -= len(ended)
         return ended
 
@@ -72,10 +73,18 @@ class Runs(Generic[B]):
         self.num_blocks = 0
         return blocks
 
-    def _next(self, run: list[B], count: int) -> list[B]:
-        """Take at most ``count`` blocks from the end of ``run``."""
-        at = max(0, len(run) - count)
-        taken = run[at:][::-1]
-        del run[at:]
-        self.num_blocks -= len(taken)
-        return taken
+    def _begin(self, run: list[B], count: int, held: int) -> tuple[list[B], list[B]]:
+        """At most ``count`` blocks of ``run`` and, if the request is long, of further extents; and
+        the run that is left then."""
+        taken: list[B] = []
+        self.num_blocks -= len(run)
+        while True:
+            at = max(0, len(run) - (count - len(taken)))
+            taken += reversed(run[at:])
+            run = run[:at]
+            if len(taken) == count or held + count < self._span:
+                break
+            if not (run := list(self._fresh())):
+                break
+        self.num_blocks += len(run)
+        return taken, run

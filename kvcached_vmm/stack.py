@@ -23,6 +23,14 @@ class Stack(list[B]):
         self[:0] = blocks
         self.is_sorted = False
 
+    def take(self, count: int) -> list[B]:
+        """Take out the last ``count`` blocks, of at least as many; the last one first."""
+        at = len(self) - count
+        taken = self[at:]
+        taken.reverse()
+        del self[at:]
+        return taken
+
     def order(
         self, owner: Sequence[Extent[B]], step: int
     ) -> tuple[list[Extent[B]], dict[Extent[B], int]]:

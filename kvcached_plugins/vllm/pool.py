@@ -45,8 +45,9 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
 
     def evict(self, blocks: list[KVCacheBlock]) -> None:
         """Forget the content of free blocks."""
-        for block in blocks:
-            self._maybe_evict_cached_block(block)
+        if self.enable_caching:
+            for block in blocks:
+                self._maybe_evict_cached_block(block)
 
     def get_usage(self) -> float:
         if self.elastic is None:
