@@ -5,12 +5,14 @@
 A step is a run of large copies and small kernels, launched ahead as an engine launches its own.
 While it runs, extents are committed or released by the same process, or by another one. The figure
 is how much longer the device takes for such steps than for those beside which nothing happens, step
-by step in turns. Writes beside.json.
+by step in turns. And how much longer a prompt's extents take to commit while another process gives
+memory back, as neighbours do that rest. Writes beside.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import statistics
@@ -20,6 +22,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from integration.gpu.bursts import spread_ms
 from integration.gpu.floor import open_driver
 from integration.gpu.record import Json, MemorySampler, facts, write_json
 from integration.gpu.vmm_cost import MIB, make_arena
@@ -28,6 +31,8 @@ SIZES = (2 * MIB, 16 * MIB, 32 * MIB, 64 * MIB)
 EACH_BYTES = 128 * MIB
 """Committed beside a step: KV of a prompt of 1,024 tokens of Llama-3.1-8B."""
 STEP_MS = 10.0
+GIVEN_BYTES = 1 << 30
+"""Given back elsewhere while a prompt's extents are committed here."""
 KERNELS = 200
 BLOCKS, BLOCK_BYTES, PART_BYTES = 4096, 2 * MIB, MIB // 16
 """8 GiB of blocks of that model, and one layer's part of a block."""
@@ -82,11 +87,11 @@ def cost(step: Step, beside: Callable[[], None], after: Callable[[], None], roun
 
 
 class Extents:
-    """An arena of EACH_BYTES in extents of one size; all of it comes or goes at once."""
+    """An arena in extents of one size; all of it comes or goes at once."""
 
-    def __init__(self, size: int) -> None:
-        self._arena = make_arena(open_driver(False), size, EACH_BYTES)
-        self._all = range(EACH_BYTES // size)
+    def __init__(self, size: int, total: int = EACH_BYTES, cpu: bool = False) -> None:
+        self._arena = make_arena(open_driver(cpu), size, total)
+        self._all = range(total // size)
         self.calls_s: list[float] = []
 
     def commit(self) -> None:
@@ -104,32 +109,56 @@ class Extents:
 class Elsewhere:
     """The same in another process; what is begun here ends there while the caller goes on."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, total: int = EACH_BYTES, cpu: bool = False) -> None:
         self._pipe, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
-        self._child = context.Process(target=_obey, args=(theirs, size), daemon=True)
+        self._child = context.Process(target=_obey, args=(theirs, size, total, cpu), daemon=True)
         self._child.start()
         self._pipe.recv()
 
-    def commit(self) -> None:
-        self._pipe.send("commit")
+    def begin(self, word: str) -> None:
+        """``commit`` or ``release``."""
+        self._pipe.send(word)
 
-    def release(self) -> None:
+    def end(self) -> None:
+        """What was begun is done."""
         self._pipe.recv()
-        self._pipe.send("release")
-        self._pipe.recv()
+
+    def undo(self, word: str) -> None:
+        """What was begun is done, and so is ``word`` then."""
+        self.end()
+        self.begin(word)
+        self.end()
 
     def close(self) -> None:
         self._pipe.send("")
         self._child.join(10.0)
 
 
-def _obey(pipe: Connection, size: int) -> None:
-    extents = Extents(size)
+def _obey(pipe: Connection, size: int, total: int, cpu: bool) -> None:
+    extents = Extents(size, total, cpu)
     pipe.send("ready")
     while word := pipe.recv():
         getattr(extents, word)()
         pipe.send("done")
+
+
+def contended(size: int, rounds: int, cpu: bool = False) -> Json:
+    """How long EACH_BYTES take to commit here, alone and while GIVEN_BYTES go elsewhere."""
+    here, there = Extents(size, EACH_BYTES, cpu), Elsewhere(size, GIVEN_BYTES, cpu)
+    for number in range(2 * rounds):
+        there.begin("commit")
+        there.end()
+        if number % 2:
+            there.begin("release")
+        here.commit()
+        if not number % 2:
+            there.begin("release")
+        there.end()
+        here.release()
+    there.close()
+    alone, beside = here.calls_s[0::4], here.calls_s[2::4]
+    return {"alone_ms": spread_ms(alone), "while_others_release_ms": spread_ms(beside)}
 
 
 def measure(rounds: int) -> Json:
@@ -144,8 +173,13 @@ def measure(rounds: int) -> Json:
         told["release"] = cost(step, extents.release, extents.commit, rounds)
         told["release"]["call_ms"] = round(1e3 * statistics.median(extents.calls_s[::2]), 4)
         other = Elsewhere(size)
-        told["commit_elsewhere"] = cost(step, other.commit, other.release, rounds)
+        for word, back in (("commit", "release"), ("release", "commit")):
+            begin, undo = functools.partial(other.begin, word), functools.partial(other.undo, back)
+            told[f"{word}_elsewhere"] = cost(step, begin, undo, rounds)
+            begin()
+            other.end()
         other.close()
+        told["contended"] = contended(size, rounds)
         found[f"{size // MIB} MiB"] = told
         print(f"{size // MIB} MiB", json.dumps(told), flush=True)
     return found

@@ -123,7 +123,14 @@ def beside(file: File) -> list[str]:
             each[what]["added_ms"],
         ]
         for size, each in file.data["figures"].items()
-        for what in ("commit", "release", "commit_elsewhere")
+        for what in ("commit", "release", "commit_elsewhere", "release_elsewhere")
+        if what in each
+    ]
+    head = ["extents", "commit, ms", "while another process releases 1 GiB, ms"]
+    contended = [
+        [f"{size} x {each['extents']}", *(told["median"] for told in each["contended"].values())]
+        for size, each in file.data["figures"].items()
+        if "contended" in each
     ]
     reads = [[where, ms] for where, ms in file.data["read_ms"].items()]
     return [
@@ -132,5 +139,6 @@ def beside(file: File) -> list[str]:
             rows,
         ),
         "",
+        *([*table(head, contended), ""] if contended else []),
         *table(["a layer of 4,096 blocks, read in random order", "ms"], reads),
     ]
