@@ -59,6 +59,17 @@ def test_a_goal_is_met_only_if_every_run_meets_it() -> None:
     assert goals.GOALS[0].row(both)[4] == "**missed**"
 
 
+def test_a_goal_that_only_earlier_runs_missed_is_not_called_met_without_a_word() -> None:
+    earlier, newest = (
+        of_gpu(name, goals={"throughput": {"on_over_off": ratio}})
+        for name, ratio in (("overhead-a.json", 0.9), ("overhead-b.json", 1.0))
+    )
+    verdict = goals.GOALS[0].row(Files([earlier, newest]))[4]
+    assert verdict == "met by the newest run, **missed** by earlier ones"
+    newest.data["versions"] = {"vllm": "0.33.0"}
+    assert goals.GOALS[0].row(Files([earlier, newest]))[4] == "**missed**"
+
+
 def test_a_sweep_over_other_rates_does_not_undo_the_best_rate_of_another() -> None:
     def best(ratio: float, rate: float) -> dict[str, Any]:
         told = {"best_p99_ttft_static_over_ours": ratio, "best_at": rate, "best_met": ratio >= 28}

@@ -15,7 +15,7 @@ HEAD = """# Results
 Made by `python -m integration.report` from the JSON files beside it; do not edit. Every figure is a
 ratio or a time of one run on one machine; compare figures within one file only. Lines to beat are
 what others published, or what was measured of them on the same GPU, as each says. A goal with
-several runs is met only if all of them meet it.
+several runs is met only if all of them meet it; where only earlier ones missed it, that is said.
 """
 RERUN = """## How to run it again
 
