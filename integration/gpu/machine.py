@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 from integration.gpu.record import Json, MemorySampler, nvml_gpu
 
 INTERVAL_S = 1.0
@@ -92,6 +94,20 @@ def summary(looks: list[Look]) -> Json:
         "processors_busy": round(1 - (spent[IDLE] + spent[IO_WAIT]) / total, 4),
         "processors_stolen": round(spent[STEAL] / total, 4),
     }
+
+
+def spent(pid: int) -> dict[str, float]:
+    """What a process and those below it have used so far: processor seconds, and how often they had
+    to leave a processor to others. What has ended counts no more."""
+    found = {"cpu_s": 0.0, "switches": 0.0}
+    with contextlib.suppress(psutil.Error):
+        root = psutil.Process(pid)
+        for each in (root, *root.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                times = each.cpu_times()
+                found["cpu_s"] += times.user + times.system
+                found["switches"] += each.num_ctx_switches().involuntary
+    return found
 
 
 def main() -> int:

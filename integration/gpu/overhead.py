@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from integration.gpu import harness, slo, traffic, watch
 from integration.gpu.bursts import Load
-from integration.gpu.machine import MachineSampler
+from integration.gpu.machine import MachineSampler, spent
 from integration.gpu.options import COMPILED
 from integration.gpu.process import exit_on_signals, stop_all
 from integration.gpu.record import GIB, Json
@@ -177,11 +177,16 @@ class Overhead:
         asks = work.asks(seed)
         name = f"{label.replace(':', '-').replace('/', '-per-').replace(' ', '-')}-{arm}"
         engine = next(self.turns[arm])
-        before = self.counted(engine)
+        before, counters = self.counted(engine), self.watch.counters()
+        spent_before = spent(self.house.tenants[engine].child.pid)
         at, off, replies = self.house.send(name, {engine: asks}, seed, o.tail_s, run.deadline)
         found = slo.served(replies[engine], len(asks), ANY, at, off)
         found["engine"] = engine
         found["engine_ms"] = in_engine(before, self.counted(engine))
+        spent_after = spent(self.house.tenants[engine].child.pid)
+        found["processes"] = {
+            what: round(spent_after[what] - spent_before[what], 3) for what in spent_after
+        }
         found["machine"] = self.machine.window(at, time.time())
         found["first_token_ms"] = [
             [round(each.started - at, 3), round(1e3 * each.first_s, 1)] for each in replies[engine]
@@ -190,6 +195,11 @@ class Overhead:
         found["device_gib"] = run.sampler.window(at, time.time())
         if arm == "on":
             seen = watch.between(self.watch.samples, at, time.time())
+            found["counters"] = {
+                name: watch.counted(counters[name], now)
+                for name, now in self.watch.counters().items()
+                if name in counters
+            }
             found["held_gib"] = {
                 "first": gib(seen[0].used_bytes) if seen else None,
                 "most": gib(max((each.used_bytes for each in seen), default=0)),

@@ -41,6 +41,10 @@ class Child:
         _running.add(self)
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def returncode(self) -> int | None:
         return self._process.poll()
 
