@@ -118,14 +118,6 @@ class Tenant:
             owed = EVERYTHING
         return pool.reclaim(owed) if owed > 0 else []
 
-    def rehearse(self) -> None:
-        """Go through what an answer takes, for nobody. Memory that has not been touched for a second
-        may cost 3 us a page (a virtual machine; 20 ms for an answer), and a neighbour would wait."""
-        self._pool.look_at_cache()
-        self._shares.fair_share_bytes()
-        self._shares.owed_bytes()
-        self._pool.reclaim(0)
-
     def must_answer(self) -> bool:
         """Whether ``owed`` may have something to say. Cheap, and wants no lock."""
         shares, pool = self._shares, self._pool

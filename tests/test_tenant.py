@@ -89,19 +89,6 @@ def test_what_one_only_keeps_goes_to_one_that_waits(engines: tuple[Engine, Engin
     assert len(bob.admit(10)) == 40
 
 
-def test_who_rehearses_an_answer_gives_nothing_away(engines: tuple[Engine, Engine]) -> None:
-    ada, bob = engines
-    ada.cache(16)
-    assert bob.admit(10) == []
-    held = ada.pool.committed_bytes, ada.pool.cached_blocks, ada.pool.spending().leaving_bytes
-    ada.tenant.rehearse()
-    assert held == (
-        *(ada.pool.committed_bytes, ada.pool.cached_blocks),
-        ada.pool.spending().leaving_bytes,
-    )
-    assert ada.give_back() > 0
-
-
 def test_what_one_uses_stays_and_the_other_waits(engines: tuple[Engine, Engine]) -> None:
     ada, bob = engines
     used = ada.admit(16)

@@ -241,7 +241,6 @@ class Steward:
                 if not self._stopped.is_set():
                     if not self._is_stepping():
                         self.pool.admission.forget()
-                        self._tenant.rehearse()
                     self._tenant.report(force=True)
         if heard == self._tenant.heard and self._is_stepping():
             return
