@@ -198,8 +198,8 @@ class ElasticPool(Generic[B]):
         caller holds ``lock``."""
         short, own = count - (self.num_free_blocks - self.cached_blocks), 0
         if self._runs:
-            short += self._runs.num_blocks
             own = self._runs.extents_for(held, count)
+            short += self._runs.for_others
         if short <= 0 and count < self._span and not own:
             return
         cached_hits = self._cache.among(hits) if hits else 0

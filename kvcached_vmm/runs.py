@@ -29,6 +29,8 @@ class Runs(Generic[B]):
         """Free blocks that are set aside."""
         self.asked = False
         """Whether the next blocks are for a request that has a run, or wants one."""
+        self.for_others = 0
+        """Free blocks that are set aside for other requests than that."""
         self._span = blocks_per_extent
         self._fresh = fresh
         self._after: dict[int, list[B]] = {}
@@ -39,6 +41,7 @@ class Runs(Generic[B]):
         ``count`` more; 0 if it is too short for extents of its own, or has a run that is enough."""
         self._held = held
         run = self._after.get(held[-1].block_id, ()) if held else ()
+        self.for_others = self.num_blocks - len(run)
         is_long = len(held) + count >= self._span
         self.asked = is_long or bool(run)
         return -(-(count - len(run)) // self._span) if is_long and count > len(run) else 0

@@ -365,6 +365,17 @@ def test_where_requests_share_extents_the_longest_holds_them_all() -> None:
     assert len(world.tick(1.0)) <= 1, "that of its prompt"
 
 
+def test_a_request_that_has_a_run_asks_the_budget_for_nothing() -> None:
+    world = World(FOUR, Policy(own_extents=True), limit_extents=3)
+    serve(world, 3)
+    request = serve(world, 5)
+    world.budget.limit = 0
+    world.pool.prepare(1, held=[world.blocks[number] for number in request])
+    assert world.pool.settle() == []
+    assert world.pool.admission.shortage() == (0, 0), "others are asked for what it has"
+    assert len(serve(world, 3, request)) == 3
+
+
 def test_short_requests_share_an_extent() -> None:
     world = World(FOUR, Policy(own_extents=True))
     for _ in range(7):
