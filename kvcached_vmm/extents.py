@@ -23,7 +23,7 @@ churn of requests."""
 
 OWN_EXTENT_BYTES = 16 * MIB
 """Where requests get extents of their own (``Runs``): what that costs is half as much then, 15 % of
-what is held under load and 9 % after it, instead of 27 and 15 (``churn.py``)."""
+what requests need under load and 10 % after it (``tail.py``). With 32 MiB it is 27 and 15."""
 
 
 class Piece(NamedTuple):

@@ -337,7 +337,7 @@ class ElasticPool(Generic[B]):
         return free_blocks
 
     def _forget_while(self, holds: Callable[[Extent[B]], bool]) -> None:
-        """Forget the extent that nobody has used for longest, as long as ``holds`` of it."""
+        """Forget extents while ``holds`` says so, first the one that was not used for longest."""
         while (extent := self._cache.oldest()) and holds(extent):
             self._forget(extent)
 

@@ -182,9 +182,14 @@ def churn(scenario: Scenario, setting: Setting = OWN) -> float:
     return ratio(simulate(arrivals(scenario), scenario.step_seconds, scenario.concurrency, setting))
 
 
+def footprint_load(seed: int = 0) -> list[traffic.Ask]:
+    """The requests of ``integration/gpu/footprint.py``."""
+    return footprint.load(footprint.parse(["--out", ".", "--model", "."]), seed)
+
+
 def after_load(seed: int = 0, setting: Setting = OWN) -> float:
     """Committed over live blocks from the last request of a load to its last answer."""
-    asks = footprint.load(footprint.parse(["--out", ".", "--model", "."]), seed)
+    asks = footprint_load(seed)
     setting = setting._replace(policy=replace(setting.policy, reserve_bytes=RESERVE_BYTES))
     moments = simulate(arriving(asks), FOOTPRINT_STEP_S, len(asks), setting)
     last = int(asks[-1].at_s / FOOTPRINT_STEP_S)

@@ -18,13 +18,20 @@ import time
 from pathlib import Path
 
 from integration.benchmarks.churn import BLOCK_BYTES as REAL_BLOCK_BYTES
-from integration.benchmarks.churn import FOOTPRINT_STEP_S, GOAL, RESERVE_BYTES, Moment, ratio
+from integration.benchmarks.churn import (
+    FOOTPRINT_STEP_S,
+    GOAL,
+    RESERVE_BYTES,
+    Moment,
+    footprint_load,
+    ratio,
+)
 from integration.benchmarks.step import BLOCK_BYTES, BLOCKS, make_elastic, scheduler_of
 from integration.benchmarks.traces import take_step
-from integration.gpu import footprint
 from integration.gpu.record import MemorySampler, facts, write_json
 from integration.gpu.traffic import Ask
 from kvcached_vmm.extents import OWN_EXTENT_BYTES
+from kvcached_vmm.policy import Policy
 
 
 def environment(folder: Path, speed: float) -> dict[str, str]:
@@ -34,7 +41,7 @@ def environment(folder: Path, speed: float) -> dict[str, str]:
         "KVCACHED_DIR": str(folder),
         "KVCACHED_BUDGET": str(BLOCKS * BLOCK_BYTES),
         "KVCACHED_RESERVE": str(RESERVE_BYTES * BLOCK_BYTES // REAL_BLOCK_BYTES),
-        "KVCACHED_DECAY": str(0.5 / speed),
+        "KVCACHED_DECAY": str(Policy().decay_seconds / speed),
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
 
@@ -52,7 +59,7 @@ def play(model: Path, speed: float) -> tuple[list[Moment], list[Moment]]:
         params = SamplingParams(max_tokens=ask.output_tokens, ignore_eos=True)
         scheduler.add_request(Request(str(number), [number] * ask.prompt_tokens, params, None))
 
-    asks = list(enumerate(footprint.load(footprint.parse(["--out", ".", "--model", "."]))))
+    asks = list(enumerate(footprint_load()))
     under: list[Moment] = []
     after: list[Moment] = []
     began = time.monotonic()

@@ -48,7 +48,7 @@ def verdict(found: Sequence[Found], files: Files) -> str:
     if all(each.met for each in found):
         return "met"
     newest = {}
-    for file in sorted(files.all, key=lambda file: (file.moment, file.name)):
+    for file in files.named(""):
         if any(each.file == file.name for each in found):
             newest[file.engine_version] = file.name
     if all(each.met for each in found if each.file in newest.values()):

@@ -215,7 +215,8 @@ def _pairs(file: File) -> str:
 def _throughput(file: File) -> str:
     pair = file.pairs("output_tokens_per_s")["saturated"]
     version = file.facts["versions"]["vllm"]
-    label = f"vLLM {version} as it starts by itself, {pair.count} pairs of runs: the same tokens/s"
+    pairs = f"{pair.count} pairs of runs: output tokens/s, saturated"
+    label = f"vLLM {version} as it starts by itself, {pairs}"
     assert pair.error is not None
     return _row(label, "1", f"{pair.ratio:.4f} \N{PLUS-MINUS SIGN} {pair.error:.4f}", file.name)
 
