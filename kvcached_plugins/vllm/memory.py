@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -74,6 +74,9 @@ class WorkerMemory:
         self._quarantine = Quarantine(self._mark)
         self._last_mark: Mark | None = None
         self._ordered_step = self._launched_step = self._done_step = 0
+        self.after_launch: Callable[[], Sequence[int]] | None = None
+        """What an engine core in this process does once a step is launched; returns extents to
+        commit. It does not hold up the step. Others put them into the step's orders."""
         self._settings = settings
         self._backing = Backing(self.arena, lambda: self._join("not given back"))
         self._starting: Account | None = self._join("starting")
@@ -110,8 +113,9 @@ class WorkerMemory:
             self._launched_step = orders.step
             self._last_mark = self._mark()
             self._backing.release(self._quarantine.take(orders.step - 1))
-            if orders.commit:
-                self._backing.commit_if_possible(orders.commit)
+        commit = orders.commit if self.after_launch is None else self.after_launch()
+        if commit:
+            self._backing.commit_if_possible(commit)
 
     def obey(self, orders: Orders) -> Progress:
         """The engine takes no steps: release what is quiet, without waiting for the device."""

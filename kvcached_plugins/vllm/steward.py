@@ -115,6 +115,8 @@ class Steward:
         self._leaving: deque[_Leaving] = deque()
         self._launched_at = self._next_look = self._next_beat = 0.0
         self._stopped = threading.Event()
+        if self._local is not None:
+            self._local.after_launch = self.settle
         self._get_first_extent()
         self._block_pool.bind(self.pool, int(getattr(manager, "watermark_blocks", 0)))
         logger.info(
@@ -133,15 +135,28 @@ class Steward:
         ).start()
 
     def launched(self, scheduler_output: Any) -> None:
-        """A step has been scheduled: number it and give it its orders."""
-        commit = self.pool.settle()
+        """A step has been scheduled: number it and give it its orders. A worker in this process
+        asks what to commit ahead once it has launched the step, which need not wait for that."""
+        commit = () if self._local is not None else self.settle()
         release = self.pool.tick()
         owed = self._tenant.owed()
         step = self.clock.launch()
         self._launched_at = time.monotonic()
         scheduler_output.kvcached = Orders(step, (*release, *owed), tuple(commit))
         self._leave(step, release, owed)
-        self._tenant.report()
+
+    def settle(self) -> Sequence[int]:
+        """A scheduling round is over: ask for the reserve and tell the others how we are.
+
+        Returns:
+            Extents to commit ahead of need.
+        """
+        with self.pool.lock:
+            if self._stopped.is_set():
+                return ()
+            ahead = self.pool.settle()
+            self._tenant.report()
+            return ahead
 
     def finished(self, scheduler_output: Any) -> None:
         """The results of a step are here.
