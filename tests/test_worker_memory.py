@@ -23,6 +23,7 @@ from kvcached_plugins.vllm import memory
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan
 from kvcached_plugins.vllm.memory import WorkerMemory
 from kvcached_plugins.vllm.steward import Steward
+from kvcached_plugins.vllm.worker import execute_model, sample_tokens
 from kvcached_vmm.driver import DeviceMemory, Driver
 from kvcached_vmm.errors import DriverError
 from kvcached_vmm.host_driver import HostDriver
@@ -68,7 +69,7 @@ def step(number: int, blocks: list[int], release: tuple[int, ...] = ()) -> Any:
 
 def run(worker: WorkerMemory, output: Any) -> None:
     worker.before_step(output)
-    worker.after_step(output)
+    worker.after_step()
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
@@ -135,6 +136,43 @@ def test_orders_are_open_until_their_extents_are_released(
     assert made.open_step(release=False) == 2
     assert made.open_step(release=True) == 3
     assert made.arena.committed == {0, 3, 4}
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_what_need_not_hold_up_a_step_is_done_once_all_of_it_is_launched(
+    worker: Worker, samples: bool
+) -> None:
+    """vLLM launches a prompt no faster than the device computes it: a commit before sampling would
+    be in front of the first token."""
+    made, _ = worker
+    engine: Any = SimpleNamespace(kvcached=made)
+    done: list[str] = []
+
+    def ahead() -> list[int]:
+        done.append("ahead")
+        return [5]
+
+    def execute(*_: object) -> str | None:
+        done.append("executed")
+        return None if samples else "an output"
+
+    made.after_launch = ahead
+    execute_model(execute, engine, step(1, [1]))
+    if samples:
+        assert made.arena.committed == {0, 1}
+        sample_tokens(lambda *_: done.append("sampled"), engine, None)
+    assert made.arena.committed == {0, 1, 5}
+    assert done == ["executed", *(["sampled"] if samples else []), "ahead"]
+
+
+def test_a_step_after_which_nothing_was_sampled_is_settled_before_the_next(worker: Worker) -> None:
+    made, _ = worker
+    engine: Any = SimpleNamespace(kvcached=made)
+    run(made, step(1, [1, 2]))
+    for number in (2, 3, 4):
+        execute_model(lambda *_: None, engine, step(number, [3], release=(number - 1,)))
+    assert made.arena.committed == {0, 3}
+    assert made.open_step(release=False) == 4
 
 
 def test_a_ledger_that_is_full_learns_of_leftovers_when_it_is_not(

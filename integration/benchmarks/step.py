@@ -79,7 +79,7 @@ def make_elastic(scheduler: Any, blocks_per_extent: int = 16) -> Callable[[Any],
 
     def run(scheduled: Any) -> None:
         memory.before_step(scheduled)
-        memory.after_step(scheduled)
+        memory.after_step()
 
     return run
 

@@ -74,6 +74,7 @@ class WorkerMemory:
         self._quarantine = Quarantine(self._mark)
         self._last_mark: Mark | None = None
         self._ordered_step = self._launched_step = self._done_step = 0
+        self._orders: Orders | None = None
         self.after_launch: Callable[[], Sequence[int]] | None = None
         """What an engine core in this process does once a step is launched; returns extents to
         commit. It does not hold up the step. Others put them into the step's orders."""
@@ -93,7 +94,8 @@ class WorkerMemory:
 
     def before_step(self, scheduler_output: Any) -> None:
         """Make resident every block that the step names, and note what it gives back."""
-        orders: Orders | None = getattr(scheduler_output, ATTRIBUTE, None)
+        self.after_step()  # of the step before, if nothing was sampled after it
+        self._orders = orders = getattr(scheduler_output, ATTRIBUTE, None)
         with self._backing:
             missing = self.arena.missing(chain.from_iterable(named_blocks(scheduler_output)))
             if missing:
@@ -104,9 +106,9 @@ class WorkerMemory:
                 self._ordered_step = orders.step
                 self._quarantine.put(orders.step, orders.release)
 
-    def after_step(self, scheduler_output: Any) -> None:
-        """The step is launched: do now what need not hold it up."""
-        orders: Orders | None = getattr(scheduler_output, ATTRIBUTE, None)
+    def after_step(self) -> None:
+        """All of the step is launched, sampling too: do now what need not hold it up, once."""
+        orders, self._orders = self._orders, None
         if orders is None:
             return
         with self._backing:

@@ -63,6 +63,7 @@ WORKER_PATCHES = (
         "vllm.v1.worker.gpu_worker:Worker.initialize_from_config", "worker:initialize_from_config"
     ),
     Patch("vllm.v1.worker.gpu_worker:Worker.execute_model", "worker:execute_model"),
+    Patch("vllm.v1.worker.gpu_worker:Worker.sample_tokens", "worker:sample_tokens"),
     Patch("vllm.v1.worker.gpu.attn_utils:allocate_kv_cache", "worker:allocate_kv_cache"),
     Patch("vllm.v1.worker.gpu_model_runner:allocate_kv_cache", "worker:allocate_kv_cache"),
 )

@@ -17,11 +17,7 @@ from kvcached_plugins.settings import Settings
 from kvcached_plugins.shares import FreeBytes, Shares, join
 from kvcached_plugins.tenant import LOOK_SECONDS, Tenant
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan, extent_map
-from kvcached_plugins.vllm.memory import (
-    Progress,
-    WorkerMemory,
-    WorkerReport,
-)
+from kvcached_plugins.vllm.memory import Progress, WorkerMemory, WorkerReport
 from kvcached_plugins.vllm.planning import gives_own_extents
 from kvcached_plugins.vllm.pool import ElasticBlockPool, ElasticFreeQueue
 from kvcached_vmm.account import Account

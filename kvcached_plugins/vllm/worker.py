@@ -80,7 +80,16 @@ def execute_model(original: Callable[..., Any], worker: Any, scheduler_output: A
         return original(worker, scheduler_output)
     memory.before_step(scheduler_output)
     output = original(worker, scheduler_output)
-    memory.after_step(scheduler_output)
+    if output is not None:  # else vLLM samples next, which must not wait for us
+        memory.after_step()
+    return output
+
+
+def sample_tokens(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
+    output = original(worker, *args, **kwargs)
+    memory: WorkerMemory | None = getattr(worker, "kvcached", None)
+    if memory is not None:
+        memory.after_step()
     return output
 
 
