@@ -26,18 +26,23 @@ COLOCATED_AGAIN = "colocation-vllm-0.30.0-h200-20261129175640.json"
 COMPILED = (
     "colocation-vllm-0.33.0-h200-20261129203412.json",
     "colocation-vllm-0.33.0-h200-20261129232344.json",
+    "colocation-vllm-0.33.0-h200-20261130023216.json",
+    "colocation-vllm-0.30.0-h200-20261130023223.json",
 )
 OVERHEAD = "overhead-h200.json"
 PAIRS = (
     "overhead-alone-h200.json",
     "overhead-alone-h200-20261129233616-2.json",
+    "overhead-alone-h200-20261130022315.json",
     "overhead-turns-h200-20261129200546.json",
     "overhead-turns-h200-20261129231421.json",
+    "overhead-turns-h200-20261130022315.json",
     "overhead-turns-h200-20261129175639.json",
 )
 BUSY = "overhead-alone-h200-20261129233616.json"
 DENSE = "density-h200-20261129233102.json"
-FOOTPRINT = "footprint-h200.json"
+FOOTPRINT = "footprint-h200-20261130021759.json"
+LARGE = "activation-70b-fp8-h200.json"
 GROWTH = "bench-growth.json"
 NONE = "\N{EN DASH}"
 
@@ -63,6 +68,7 @@ def tables(files: Files) -> dict[str, list[str]]:
             _throughput(held[BUSY]),
             _dense(held[DENSE]),
             _footprint(held[FOOTPRINT]),
+            _awake(held[LARGE], ", 70B shape in fp8"),
             _tokens(held[TOKENS], held[GRAPH_TOKENS], held[PREEMPTED]),
             _overhead(held[OVERHEAD]),
             *(_pairs(held[name]) for name in PAIRS),
@@ -127,12 +133,12 @@ def _sglang(file: File) -> list[str]:
     ]
 
 
-def _awake(file: File) -> str:
+def _awake(file: File, of: str = "") -> str:
     stock, ours = (
         f"{file.data['arms'][kind]['wake_to_first_token_ms']['median']:.0f} ms"
         for kind in ("static", "ours")
     )
-    return _row("vLLM's sleep mode: wake to first token", stock, ours, AWAKE)
+    return _row(f"vLLM's sleep mode{of}: wake to first token", stock, ours, file.name)
 
 
 def _reclaim(file: File) -> str:
