@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from faults import PAGE
+from faults import PAGE, FaultyDriver
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -63,6 +64,14 @@ def start(settings: Settings) -> Steward:
     return Steward(core, scheduler, settings)
 
 
+def step_of(blocks: list[int]) -> Any:
+    """What the scheduler sends for one new request."""
+    return SimpleNamespace(
+        scheduled_new_reqs=[SimpleNamespace(block_ids=(blocks,))],
+        scheduled_cached_reqs=SimpleNamespace(new_block_ids=[]),
+    )
+
+
 def test_a_device_that_is_late_costs_neighbours_milliseconds(settings: Settings) -> None:
     """With events on a GPU that served a neighbour, this took until the next look, 50 ms later."""
     engine = start(settings)
@@ -96,9 +105,7 @@ def test_others_are_told_what_is_wanted_once_the_step_is_launched(settings: Sett
     neighbour = Ledger.open(settings.directory, "host").join("neighbour", None)
     rest = neighbour.reserve(BUDGET, PAGE)
     neighbour.commit(rest, rest)
-    step: Any = SimpleNamespace(
-        scheduled_new_reqs=[], scheduled_cached_reqs=SimpleNamespace(new_block_ids=[])
-    )
+    step = step_of([])
     with engine.pool.lock:
         engine.pool.prepare(3)
         engine.launched(step)
@@ -108,4 +115,40 @@ def test_others_are_told_what_is_wanted_once_the_step_is_launched(settings: Sett
     worker.after_step()
     assert neighbour.others_wait()
     neighbour.close()
+    engine.close()
+
+
+def test_what_is_committed_ahead_cannot_be_given_back_at_the_same_moment(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would have its memory after it was given back, and no ledger would know."""
+    driver = FaultyDriver(HostDriver(64 * MIB, granularity=PAGE))
+    monkeypatch.setattr(memory, "device_driver", lambda _: driver)
+    variables = {"KVCACHED_DIR": str(folder), "KVCACHED_BUDGET": str(BUDGET)}
+    engine = start(Settings.read(variables | {"KVCACHED_RESERVE": str(2 * PAGE)}))
+    worker = engine._core.model_executor.driver_worker.worker.kvcached
+    with engine.pool.lock:
+        engine.pool.prepare(1)
+        [block] = engine.pool.take(1)
+        step = step_of([block.block_id])
+        engine.launched(step)
+    worker.before_step(step)
+    could: list[bool] = []
+
+    def give_back() -> None:
+        could.append(engine.pool.lock.acquire(timeout=0.05))
+
+    def beside(kind: str, number: int) -> bool:
+        if kind == "create":
+            other = threading.Thread(target=give_back)
+            other.start()
+            other.join()
+        return False
+
+    driver.fail(beside)
+    worker.after_step()
+    driver.heal()
+    assert could == [False] * len(could)
+    assert len(could) >= 1
+    assert worker.arena.committed_bytes == engine.pool.committed_bytes
     engine.close()

@@ -148,9 +148,9 @@ def test_what_need_not_hold_up_a_step_is_done_once_all_of_it_is_launched(
     engine: Any = SimpleNamespace(kvcached=made)
     done: list[str] = []
 
-    def ahead() -> list[int]:
+    def ahead() -> None:
         done.append("ahead")
-        return [5]
+        made.commit_ahead([5])
 
     def execute(*_: object) -> str | None:
         done.append("executed")

@@ -75,9 +75,8 @@ class WorkerMemory:
         self._last_mark: Mark | None = None
         self._ordered_step = self._launched_step = self._done_step = 0
         self._orders: Orders | None = None
-        self.after_launch: Callable[[], Sequence[int]] | None = None
-        """What an engine core in this process does once a step is launched; returns extents to
-        commit. It does not hold up the step. Others put them into the step's orders."""
+        self.after_launch: Callable[[], None] = lambda: None
+        """What an engine core in this process does once a step is launched: it holds up nobody."""
         self._settings = settings
         self._backing = Backing(self.arena, lambda: self._join("not given back"))
         self._starting: Account | None = self._join("starting")
@@ -115,9 +114,13 @@ class WorkerMemory:
             self._launched_step = orders.step
             self._last_mark = self._mark()
             self._backing.release(self._quarantine.take(orders.step - 1))
-        commit = orders.commit if self.after_launch is None else self.after_launch()
-        if commit:
-            self._backing.commit_if_possible(commit)
+        self.commit_ahead(orders.commit)
+        self.after_launch()
+
+    def commit_ahead(self, extents: Sequence[int]) -> None:
+        """Back ``extents`` with memory, if the driver has it now."""
+        if extents:
+            self._backing.commit_if_possible(extents)
 
     def obey(self, orders: Orders) -> Progress:
         """The engine takes no steps: release what is quiet, without waiting for the device."""

@@ -112,7 +112,7 @@ class Steward:
         self._launched_at = self._next_look = self._next_beat = 0.0
         self._stopped = threading.Event()
         if self._local is not None:
-            self._local.after_launch = self.settle
+            self._local.after_launch = self._launch_is_over
         self._get_first_extent()
         self._block_pool.bind(self.pool, int(getattr(manager, "watermark_blocks", 0)))
         logger.info(
@@ -131,28 +131,16 @@ class Steward:
         ).start()
 
     def launched(self, scheduler_output: Any) -> None:
-        """A step has been scheduled: number it and give it its orders. A worker in this process
-        asks what to commit ahead once it has launched the step, which need not wait for that."""
-        commit = () if self._local is not None else self.settle()
+        """A step has been scheduled: number it and give it its orders. What to commit ahead, a
+        worker in this process is told once it has launched the step, which need not wait for that.
+        """
+        commit = self._settle() if self._local is None else ()
         release = self.pool.tick()
         owed = self._tenant.owed()
         step = self.clock.launch()
         self._launched_at = time.monotonic()
         scheduler_output.kvcached = Orders(step, (*release, *owed), tuple(commit))
         self._leave(step, release, owed)
-
-    def settle(self) -> Sequence[int]:
-        """A scheduling round is over: ask for the reserve and tell the others how we are.
-
-        Returns:
-            Extents to commit ahead of need.
-        """
-        with self.pool.lock:
-            if self._stopped.is_set():
-                return ()
-            ahead = self.pool.settle()
-            self._tenant.report()
-            return ahead
 
     def finished(self, scheduler_output: Any) -> None:
         """The results of a step are here.
@@ -275,6 +263,20 @@ class Steward:
     def stopped(self) -> bool:
         """Whether the engine has ended."""
         return self._stopped.is_set()
+
+    def _settle(self) -> list[int]:
+        """A scheduling round is over: ask for the reserve, and tell the others how we are. Returns
+        extents to commit ahead of need."""
+        ahead = self.pool.settle()
+        self._tenant.report()
+        return ahead
+
+    def _launch_is_over(self) -> None:
+        # The lock is held until they are committed: what is given back meanwhile, at the wish of
+        # others, would have its memory afterwards, and nobody would know.
+        with self.pool.lock:
+            if self._local is not None and not self._stopped.is_set():
+                self._local.commit_ahead(self._settle())
 
     def _is_stepping(self) -> bool:
         """Whether a next step will take our orders along, soon."""
