@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from integration.gpu import harness, slo, traffic, watch
+from integration.gpu import harness, slo, steps, traffic, watch
 from integration.gpu.bursts import Load
 from integration.gpu.machine import MachineSampler, spent
 from integration.gpu.options import COMPILED
@@ -53,6 +53,7 @@ CAVEATS = [
     "it alone.",
     "The first round includes the growth of the elastic cache from nothing.",
 ]
+RECORDED = "Both kinds of engine recorded their steps, at 30 us each."
 SMALL = {
     "kv_bytes": 64 << 20,
     "scale": 0.06,
@@ -120,6 +121,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--scale", type=float, default=1.0, help="of all lengths")
     add("--rate-scale", type=float, default=1.0, help="of all rates")
     add("--only", default="", help="workloads whose name begins with this pattern")
+    add("--steps", action="store_true", help="record each step of each engine, 30 us of its time")
     add("--warmup", type=harness.load, default=Load(32, 1024, 16), help="before the first run")
     parser.set_defaults(engine_args={"compilation_config": COMPILED}, ready_s=330.0)
     return harness.parse(parser, words, SMALL)
@@ -138,14 +140,19 @@ class Overhead:
             beside = (o.stock_engines + o.engines) * BESIDE_KV
             o.kv_bytes = min(o.kv_bytes, (run.sampler.total_bytes - beside) // slabs // GIB * GIB)
         budget = o.kv_bytes * (o.engines if o.roomy else 1)
-        elastic = Seat(o.kv_bytes, OURS, env={"KVCACHED_BUDGET": str(budget)})
         off, on = numbered("off", o.stock_engines), numbered("on", o.engines)
         self.works = [work for work in workloads(o) if re.match(o.only, work.name)]
         self.turns = {"off": in_turn(off, len(self.works)), "on": in_turn(on, len(self.works))}
-        seats = dict.fromkeys(off, Seat(o.kv_bytes, STOCK)) | dict.fromkeys(on, elastic)
+        self.steps = {name: run.work / f"steps-{name}.jsonl" for name in (off + on) if o.steps}
+        recording = {name: steps.environment(path) for name, path in self.steps.items()}
+        seats = {name: Seat(o.kv_bytes, STOCK, env=recording.get(name, {})) for name in off}
+        for name in on:
+            terms = {"KVCACHED_BUDGET": str(budget)}
+            seats[name] = Seat(o.kv_bytes, OURS, env=terms | recording.get(name, {}))
         self.house = House(run, run.work / "both", seats)
         self.watch = LedgerWatch(self.house.ledger, run.device, 0.1)
         self.machine = MachineSampler()
+        self.recorded: Json = {}
 
     def play(self) -> None:
         run, o = self.run, self.run.o
@@ -221,6 +228,18 @@ class Overhead:
         self.machine.stop()
         self.watch.stop()
         self.house.stop()
+        if self.steps:
+            self.run.attempt("steps", self.look_at_steps)
+
+    def look_at_steps(self) -> None:
+        """The steps of all runs, when the engine cores have written theirs."""
+        windows: dict[str, list[tuple[float, float]]] = {}
+        for rounds in self.runs.values():
+            for found in (arm for arms in rounds.values() for arm in arms.values()):
+                at = self.run.o.started + found["at_s"]
+                windows.setdefault(found["engine"], []).append((at, at + found["duration_s"]))
+        self.recorded = steps.compared(self.steps, windows)
+        print(json.dumps(self.recorded["added_ms"], indent=1), flush=True)
 
     def summary(self) -> Json:
         compared = {name: compare(rounds) for name, rounds in self.runs.items()}
@@ -230,7 +249,7 @@ class Overhead:
     def save(self) -> None:
         self.run.save(
             {
-                "caveats": CAVEATS,
+                "caveats": [*CAVEATS, *([RECORDED] if self.steps else [])],
                 "kv_bytes": self.run.o.kv_bytes,
                 "engines": self.run.o.engines,
                 "stock_engines": self.run.o.stock_engines,
@@ -238,6 +257,7 @@ class Overhead:
                 **self.summary(),
                 "left_out": self.left_out,
                 "runs": self.runs,
+                "steps": self.recorded,
                 "servers": self.house.describe(),
                 "memory_series_gib": self.run.sampler.series(self.run.o.started, time.time(), 1.0),
             }

@@ -37,6 +37,7 @@ PAIRS = (
     "overhead-turns-h200-20261129200546.json",
     "overhead-turns-h200-20261129231421.json",
     "overhead-turns-h200-20261130022315.json",
+    "overhead-turns-h200-20261130030556.json",
     "overhead-turns-h200-20261129175639.json",
 )
 BUSY = "overhead-alone-h200-20261129233616.json"

@@ -152,6 +152,40 @@ def overhead(file: File) -> list[str]:
         *table(["workload", "pairs", "mean TTFT", "mean TPOT"], pairs),
         "",
         *table(["plugin", "start-up of both at once, s"], starts),
+        *steps(file.data.get("steps", {})),
+    ]
+
+
+STEP_PARTS = {
+    "waited": "from arrival to its schedule",
+    "schedule": "schedule",
+    "before": "ours, in front of the launch",
+    "launch": "launch of the model, without ours",
+    "after": "ours, behind a launch",
+    "sample": "launch of sampling, without ours",
+    "results": "schedule, with the results",
+    "in_engine": "from arrival to the first token",
+    "forward_on_device": "on the device: model, and what it waited for launches",
+    "sampling_on_device": "on the device: sampling",
+}
+
+
+def steps(found: Json) -> list[str]:
+    """What each part of a step took, if the run recorded its steps."""
+    if not found.get("on"):
+        return []
+    arms = [found[arm][what] for what in ("prompt", "decode") for arm in ("off", "on")]
+    rows = [
+        [told, *(each.get(part, {}).get("mean") for each in arms)]
+        for part, told in STEP_PARTS.items()
+        if any(part in each for each in arms)
+    ]
+    counts = "; ".join(f"{each['steps']:,}" for each in arms)
+    return [
+        "",
+        f"Means of steps with a prompt that came alone, and of those without any ({counts}):",
+        "",
+        *table(["ms", "prompt, stock", "elastic", "decode, stock", "elastic"], rows),
     ]
 
 
