@@ -269,9 +269,9 @@ class PoolMachine(RuleBasedStateMachine):
     def reclaim(self, size: int) -> None:
         self.world.reclaim(size)
 
-    # Between prepare and settle nothing is released: an engine holds the pool's lock there. What
-    # happens otherwise is in test_pool_policy.
-    @precondition(lambda self: self.world.leaving and not self.world.budget.reserved)
+    # Also between prepare and settle: an engine settles after it has launched, and may have let go
+    # of the pool's lock meanwhile.
+    @precondition(lambda self: self.world.leaving)
     @rule(data=st.data())
     def released(self, data: st.DataObject) -> None:
         self.world.released(self.some(data, self.world.leaving))
