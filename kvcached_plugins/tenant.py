@@ -139,6 +139,8 @@ class Tenant:
         more = bool(wanted or coveted) and not self._shares.told_of(wanted, coveted)
         if not (force or more or now - self._reported >= REPORT_SECONDS):
             return
+        if more:
+            self._pool.look_at_cache()  # what we could evict instead decides what others give us
         self._reported = now
         if now - self._short_at < HOLD_SECONDS:
             wanted = max(wanted, self._queued_bytes())

@@ -198,7 +198,8 @@ class Account:
             self._late = True
             self._tell(counters)
             ledger._check_place(now)
-        if wanted_bytes + coveted_bytes > use.wanted + use.coveted:
+        grows = wanted_bytes + coveted_bytes > use.wanted + use.coveted
+        if grows or wanted_bytes > use.wanted:
             ledger._ring()
 
     def others_wait(self) -> bool:

@@ -50,6 +50,7 @@ class Cache(Generic[B]):
         self._news: list[tuple[Moment, Collection[B]]] = []
         self._log: deque[tuple[Moment, list[Extent[B]]]] = deque()
         self._each = 1
+        self._noted_blocks = 0
         self._used_at: list[float] = []
 
     def keep(self, blocks: Collection[B], moment: Moment) -> None:
@@ -141,12 +142,16 @@ class Cache(Generic[B]):
         self._each = 1 + self.num_blocks // (AGES_SAMPLE * span)
         sample = [extent for extent in self._extents[:: self._each] if extent.cached]
         self._used_at = sorted(e.used[0] for e in evictable(sample, free_blocks))
-        self.noted_at = now
+        self.noted_at, self._noted_blocks = now, self.num_blocks
 
     @property
     def evictable_bytes(self) -> int:
-        """What could be given back, as of the last ``note_ages``: an estimate."""
-        return len(self._used_at) * self._each * self._unit
+        """What could be given back, by the last ``note_ages`` and what has been evicted since: an
+        estimate."""
+        extents = len(self._used_at) * self._each
+        if self.num_blocks < self._noted_blocks:
+            extents = extents * self.num_blocks // self._noted_blocks
+        return extents * self._unit
 
     def ages(self) -> tuple[float, ...]:
         """When that was last used, oldest first: one time for each ``AGES``-th part; () if nothing

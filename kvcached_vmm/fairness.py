@@ -71,7 +71,7 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
 
     First what holds no content, from the engine furthest above its fair share on; then cached
     blocks, those that were used longest ago first, whoever has them. An engine that could evict
-    cached blocks of its own gets only older ones. The reserve of one that serves is for those who
+    as much of its own cache gets only older ones. The reserve of one that serves is for those who
     wait, not for those who covet: two would hand it to and fro. One that waits itself gives what is
     above its fair share, to those below theirs. Guarantees hold, live blocks are not touched, and
     what is on its way out counts as free already. Who has not reported for a while, as ``now`` on
@@ -104,8 +104,10 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
         for index, used_at in enumerate(giver.ages)
         if giver.evictable_bytes
     )
+    coveters = {each.slot for each in heard if each.coveted_bytes}
     for used_at, slot, size_bytes in parcels:
-        owe(slot, size_bytes, wanted + coveted if used_at < older_than else wanted)
+        serves = used_at < older_than and slot not in coveters
+        owe(slot, size_bytes, wanted + coveted if serves else wanted)
 
     waiters = [each for each in heard if each.wanted_bytes]
     above = {each.slot: each.used_bytes - share_of[each.slot] for each in waiters}
@@ -125,5 +127,6 @@ def _needs(accounts: Iterable[AccountView]) -> tuple[int, int, float]:
         wanted += min(account.wanted_bytes, room)
         if account.coveted_bytes and room:
             coveted += min(account.coveted_bytes, room)
-            older_than = max(older_than, account.ages[0] if account.evictable_bytes else math.inf)
+            has_enough = account.evictable_bytes >= min(account.coveted_bytes, room)
+            older_than = max(older_than, account.ages[0] if has_enough else math.inf)
     return wanted, coveted, older_than

@@ -143,6 +143,14 @@ def test_needs_that_are_not_new_ring_no_bell(account: Account) -> None:
     assert account.wait_for_bell(heard, LONG) != heard
 
 
+def test_what_was_welcome_and_is_needed_now_rings(account: Account) -> None:
+    """It is not more than before, but others give for it what they would have kept."""
+    account.report(0, 0, coveted_bytes=5 * MIB)
+    heard = account.wait_for_bell(0, 0)
+    account.report(0, 0, 4 * MIB, coveted_bytes=MIB)
+    assert account.wait_for_bell(heard, LONG) != heard
+
+
 @pytest.mark.parametrize("by", ["account", "ledger"])
 def test_a_thread_that_waits_learns_that_its_account_was_closed(folder: Path, by: str) -> None:
     ledger = Ledger.open(folder, "host")

@@ -153,6 +153,15 @@ def test_who_could_evict_its_own_gets_only_older_cache_of_others() -> None:
     assert debts(ledger(80, coveter, neighbour), NOW) == {1: 10}
 
 
+def test_who_grows_and_has_too_little_cache_gets_that_of_others_however_young() -> None:
+    """What is left of an old cache would be gone with the next prompt, and the one after waits."""
+    coveter = engine(0, committed_bytes=40, evictable_bytes=9, ages=aged(30.0), coveted_bytes=10)
+    neighbour = engine(1, committed_bytes=40, evictable_bytes=40, ages=aged(NOW - 0.2))
+    assert debts(ledger(80, coveter, neighbour), NOW) == {1: 10}
+    has_enough = replace(coveter, evictable_bytes=10)
+    assert debts(ledger(80, has_enough, neighbour), NOW) == {}
+
+
 def test_who_grows_and_has_no_cache_gets_that_of_others_before_it_runs_out() -> None:
     growing = engine(0, committed_bytes=40, live_bytes=36, idle_bytes=4, coveted_bytes=10)
     neighbour = engine(1, committed_bytes=40, evictable_bytes=40, ages=aged(NOW - 0.2))

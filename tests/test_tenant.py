@@ -202,7 +202,7 @@ def test_what_is_on_its_way_out_is_not_taken_again_for_a_lower_maximum(
 ) -> None:
     """An engine that serves releases with its next step, and looks again before that."""
     ada, bob = engines
-    ada.cache(12)
+    ada.cache(9)
     bob.account._ledger.set_terms(ada.seen, maximum_bytes=8 * UNIT)
     leaving = ada.tenant.owed(urgent=True)
     assert leaving
@@ -259,6 +259,27 @@ def test_who_grows_into_a_neighbours_cache_is_refused_nothing_once_it_has_begun(
         grown += 1
     assert grown >= 9, "up to the last extent that ada could spare"
     assert bob.pool.live_blocks >= 4 * 14
+    ada.account.close()
+    bob.account.close()
+
+
+def test_who_grows_is_not_held_to_a_cache_that_it_has_used_up(folder: Path) -> None:
+    """Others looked at what it could have evicted a second ago, and kept what is younger."""
+    ada, bob = Engine(folder, "ada"), Engine(folder, "bob", reserve_bytes=3 * UNIT)
+    bob.cache(5)
+    bob.pool.look_at_cache()
+    ada.cache(9)
+    ada.pool.look_at_cache()
+    ada.tenant.report(force=True)
+    bob.tenant.report(force=True)
+    assert ada.seen.evictable_bytes > 0
+    assert bob.seen.evictable_bytes > 0
+    grown = 0
+    while bob.admit(2):
+        bob.tenant.report(force=True)  # as it does every 50 ms
+        ada.give_back()
+        grown += 1
+    assert grown >= 8, "up to the last extent that ada could spare"
     ada.account.close()
     bob.account.close()
 
