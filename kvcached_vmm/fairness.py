@@ -71,8 +71,9 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
 
     First what holds no content, from the engine furthest above its fair share on; then cached
     blocks, those that were used longest ago first, whoever has them. An engine that could evict
-    as much of its own cache gets only older ones. The reserve of one that serves is for those who
-    wait, not for those who covet: two would hand it to and fro. One that waits itself gives what is
+    as much of its own cache gets only older ones, and nobody gives its own for what it covets
+    itself. The reserve of one that serves is for those who wait, not for those who covet: two would
+    hand it to and fro. One that waits itself gives what is
     above its fair share, to those below theirs. Guarantees hold, live blocks are not touched, and
     what is on its way out counts as free already. Who has not reported for a while, as ``now`` on
     the monotonic clock tells, is neither counted on nor served: it could not use what others evict.
@@ -80,7 +81,8 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
     shares = fair_shares(view.capacity_bytes, [claim_of(each) for each in view.accounts])
     share_of = {each.slot: share for each, share in zip(view.accounts, shares, strict=True)}
     heard = [each for each in view.accounts if now - each.heartbeat < SILENCE_SECONDS]
-    wanted, coveted, older_than = _needs(heard)
+    wanted, covets, older_than = _needs(heard)
+    coveted = sum(covets.values())
     free = view.free_bytes + sum(each.leaving_bytes for each in heard)
     owed: dict[int, int] = {}
     spare = {
@@ -104,10 +106,9 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
         for index, used_at in enumerate(giver.ages)
         if giver.evictable_bytes
     )
-    coveters = {each.slot for each in heard if each.coveted_bytes}
     for used_at, slot, size_bytes in parcels:
-        serves = used_at < older_than and slot not in coveters
-        owe(slot, size_bytes, wanted + coveted if serves else wanted)
+        of_others = coveted - covets.get(slot, 0)
+        owe(slot, size_bytes, wanted + of_others if used_at < older_than else wanted)
 
     waiters = [each for each in heard if each.wanted_bytes]
     above = {each.slot: each.used_bytes - share_of[each.slot] for each in waiters}
@@ -117,16 +118,16 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
     return owed
 
 
-def _needs(accounts: Iterable[AccountView]) -> tuple[int, int, float]:
-    """What is wanted, what is coveted, and since when unused cache may go for the latter."""
-    wanted = coveted = 0
+def _needs(accounts: Iterable[AccountView]) -> tuple[int, dict[int, int], float]:
+    """What is wanted, what each one covets, and since when unused cache may go for the latter."""
+    wanted, covets = 0, {}
     older_than = 0.0
     for account in accounts:
         most = account.maximum_bytes
         room = NO_LIMIT if most is None else max(0, most - account.used_bytes)
         wanted += min(account.wanted_bytes, room)
         if account.coveted_bytes and room:
-            coveted += min(account.coveted_bytes, room)
-            has_enough = account.evictable_bytes >= min(account.coveted_bytes, room)
+            covets[account.slot] = coveted = min(account.coveted_bytes, room)
+            has_enough = account.evictable_bytes >= coveted
             older_than = max(older_than, account.ages[0] if has_enough else math.inf)
-    return wanted, coveted, older_than
+    return wanted, covets, older_than

@@ -162,6 +162,13 @@ def test_who_grows_and_has_too_little_cache_gets_that_of_others_however_young() 
     assert debts(ledger(80, has_enough, neighbour), NOW) == {}
 
 
+def test_who_covets_serves_others_that_do_but_not_itself() -> None:
+    busy = engine(0, committed_bytes=60, evictable_bytes=40, ages=aged(30.0), coveted_bytes=8)
+    growing = engine(1, committed_bytes=20, live_bytes=20, coveted_bytes=10)
+    assert debts(ledger(80, busy, growing), NOW) == {0: 10}
+    assert debts(ledger(60, busy), NOW) == {}
+
+
 def test_who_grows_and_has_no_cache_gets_that_of_others_before_it_runs_out() -> None:
     growing = engine(0, committed_bytes=40, live_bytes=36, idle_bytes=4, coveted_bytes=10)
     neighbour = engine(1, committed_bytes=40, evictable_bytes=40, ages=aged(NOW - 0.2))
