@@ -202,7 +202,7 @@ def test_what_is_on_its_way_out_is_not_taken_again_for_a_lower_maximum(
 ) -> None:
     """An engine that serves releases with its next step, and looks again before that."""
     ada, bob = engines
-    ada.cache(9)
+    ada.cache(12)
     bob.account._ledger.set_terms(ada.seen, maximum_bytes=8 * UNIT)
     leaving = ada.tenant.owed(urgent=True)
     assert leaving
