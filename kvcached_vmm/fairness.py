@@ -73,10 +73,10 @@ def debts(view: LedgerView, now: float) -> Mapping[int, int]:
     blocks, those that were used longest ago first, whoever has them. An engine that could evict
     as much of its own cache gets only older ones, and nobody gives its own for what it covets
     itself. The reserve of one that serves is for those who wait, not for those who covet: two would
-    hand it to and fro. One that waits itself gives what is
-    above its fair share, to those below theirs. Guarantees hold, live blocks are not touched, and
-    what is on its way out counts as free already. Who has not reported for a while, as ``now`` on
-    the monotonic clock tells, is neither counted on nor served: it could not use what others evict.
+    hand it to and fro. One that waits itself gives what is above its fair share, to those below
+    theirs. Guarantees hold, live blocks are not touched, and what is on its way out counts as free
+    already. Who has not reported for a while, as ``now`` on the monotonic clock tells, is neither
+    counted on nor served: it could not use what others evict.
     """
     shares = fair_shares(view.capacity_bytes, [claim_of(each) for each in view.accounts])
     share_of = {each.slot: share for each, share in zip(view.accounts, shares, strict=True)}

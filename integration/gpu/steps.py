@@ -41,10 +41,10 @@ def figures(row: Json) -> Json:
     """One step: when it was scheduled, what it computed, and what each part took."""
     spent = {part: [(b - a) * 1e3 for a, b in row.get(part, [])] for part in PARTS}
     told: Json = {part: sum(values) for part, values in spent.items() if values}
-    for part, spans in (("launch", row.get("launch")), ("sample", row.get("sample"))):
-        for began, ended in spans or []:
-            inside = [*row.get("before", []), *row.get("after", [])]
-            told[part] -= sum((b - a) * 1e3 for a, b in inside if began <= a and b <= ended)
+    ours = [*row.get("before", []), *row.get("after", [])]
+    for part in ("launch", "sample"):
+        for began, ended in row.get(part, []):
+            told[part] -= sum((b - a) * 1e3 for a, b in ours if began <= a and b <= ended)
     for name, value in zip(
         ("forward_on_device", "sampling_on_device"), row["device_ms"], strict=False
     ):
