@@ -27,6 +27,11 @@ class Admission:
         limit = self.limit_bytes // self._extents.block_bytes
         return max(1, min(limit, self._extents.num_blocks - 1))
 
+    @property
+    def is_short(self) -> bool:
+        """Whether blocks were not to be had in the scheduling round that is not settled yet."""
+        return self._short_blocks > 0
+
     def admits(self, live_blocks: int, count: int) -> bool:
         """Whether a request that needs ``count`` blocks may begin beside ``live_blocks``, as far as
         limits are concerned. One that has to leave memory to others counts as one that waits."""

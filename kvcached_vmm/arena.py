@@ -63,7 +63,7 @@ class Arena:
     def missing(self, blocks: Iterable[int]) -> set[int]:
         """The extents that ``blocks`` lie in and that have no memory."""
         per_extent = self.extents.blocks_per_extent
-        return {block // per_extent for block in blocks}.difference(self._footprint)
+        return self._footprint.lacks({block // per_extent for block in blocks})
 
     def commit(self, extents: Iterable[int]) -> int:
         """Back ``extents`` with memory; those that have it already are left alone.

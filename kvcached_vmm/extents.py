@@ -169,6 +169,10 @@ class Footprint:
     def __iter__(self) -> Iterator[int]:
         return iter(self._present)
 
+    def lacks(self, extents: set[int]) -> set[int]:
+        """Those of ``extents`` that are not counted in."""
+        return extents - self._present
+
     def add(self, extent: int) -> list[Piece]:
         """Count ``extent`` in; return the pieces that it needs and nobody had."""
         own, seams = self.extents.pieces(extent)

@@ -24,9 +24,8 @@ class Engine:
     """An engine core with a worker in its process, and what the plugin attaches to that."""
 
     def __init__(self) -> None:
-        memory = SimpleNamespace(
-            before_step=lambda: time.sleep(0.05), after_step=lambda: time.sleep(0.05)
-        )
+        memory = SimpleNamespace(before_step=lambda: time.sleep(0.05))
+        self.kvcached = SimpleNamespace(stepped=lambda: time.sleep(0.05))
         self.worker = SimpleNamespace(kvcached=memory, sample_tokens=lambda: time.sleep(0.002))
         self.worker.execute_model = self._execute
         self.model_executor = SimpleNamespace(driver_worker=SimpleNamespace(worker=self.worker))
@@ -50,8 +49,8 @@ class Engine:
         self.scheduler.schedule(output)
         self.worker.execute_model()
         self.worker.sample_tokens()
-        self.worker.kvcached.after_step()
         self.scheduler.update_from_output(output)
+        self.kvcached.stepped()
 
 
 def test_parts_of_a_step_are_told_apart(tmp_path: Path) -> None:
@@ -65,7 +64,7 @@ def test_parts_of_a_step_are_told_apart(tmp_path: Path) -> None:
     assert min(prompt["before"], prompt["after"]) >= 50
     assert 2 <= prompt["sample"] < 50
     assert (prompt["prompts"], prompt["tokens"], prompt["running"]) == (1, 7, 1)
-    assert 500 <= prompt["waited"] < prompt["in_engine"] - 100
+    assert 500 <= prompt["waited"] < prompt["in_engine"] - 50
 
 
 def test_what_elastic_engines_add_is_told_for_prompts_that_came_alone(tmp_path: Path) -> None:
@@ -82,6 +81,8 @@ def test_what_elastic_engines_add_is_told_for_prompts_that_came_alone(tmp_path: 
     found = steps.compared(files, windows)
     assert found["on"]["prompt"]["steps"] == 2
     assert found["added_ms"]["prompt"]["schedule"] == pytest.approx(3.0)
+    assert found["on"]["engines"]["on-2"]["schedule"] == pytest.approx(6.0)
+    assert "on-3" not in found["on"]["engines"]
     assert found["off"]["decode"]["steps"] == 0
     told = "\n".join(sections.steps(found))
     assert "| schedule | 2.000 | 5.000 |" in told

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +25,7 @@ from kvcached_plugins.vllm import memory
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Plan
 from kvcached_plugins.vllm.memory import WorkerMemory
 from kvcached_plugins.vllm.pool import ElasticBlockPool
-from kvcached_plugins.vllm.steward import QUIET_SECONDS, Steward
+from kvcached_plugins.vllm.steward import FIRST_TOKEN_SECONDS, QUIET_SECONDS, Steward
 from kvcached_vmm.host_driver import HostDriver
 from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.units import MIB
@@ -68,8 +70,37 @@ def step_of(blocks: list[int]) -> Any:
     """What the scheduler sends for one new request."""
     return SimpleNamespace(
         scheduled_new_reqs=[SimpleNamespace(block_ids=(blocks,))],
-        scheduled_cached_reqs=SimpleNamespace(new_block_ids=[]),
+        scheduled_cached_reqs=SimpleNamespace(new_block_ids=[], num_output_tokens=[]),
     )
+
+
+def next_token(known: int = 1) -> Any:
+    """What it sends for a request that runs, and of which ``known`` tokens are the answer's."""
+    return SimpleNamespace(
+        scheduled_new_reqs=[],
+        scheduled_cached_reqs=SimpleNamespace(new_block_ids=[None], num_output_tokens=[known]),
+    )
+
+
+def worker_of(engine: Steward) -> WorkerMemory:
+    memory: WorkerMemory = engine._core.model_executor.driver_worker.worker.kvcached
+    return memory
+
+
+def launch(engine: Steward, step: Any) -> None:
+    """Schedule a step, and send it to the device."""
+    with engine.pool.lock:
+        engine.launched(step)
+    worker_of(engine).before_step(step)
+    worker_of(engine).launch_is_over()
+
+
+def a_prompt(engine: Steward) -> Any:
+    """The step of a request whose block has been handed out."""
+    with engine.pool.lock:
+        engine.pool.prepare(1)
+        [block] = engine.pool.take(1)
+    return step_of([block.block_id])
 
 
 def test_a_device_that_is_late_costs_neighbours_milliseconds(settings: Settings) -> None:
@@ -78,7 +109,7 @@ def test_a_device_that_is_late_costs_neighbours_milliseconds(settings: Settings)
     with engine.pool.lock:
         engine.pool.prepare(BLOCKS - 1)
         blocks = engine.pool.take(BLOCKS - 1)
-        step: Any = SimpleNamespace()
+        step = next_token()
         engine.launched(step)
     engine.pool.keep(blocks)
     engine.finished(step)
@@ -109,11 +140,80 @@ def test_others_are_told_what_is_wanted_once_the_step_is_launched(settings: Sett
     with engine.pool.lock:
         engine.pool.prepare(3)
         engine.launched(step)
-    worker = engine._core.model_executor.driver_worker.worker.kvcached
-    worker.before_step(step)
+    worker_of(engine).before_step(step)
+    worker_of(engine).launch_is_over()
     assert not neighbour.others_wait()
-    worker.after_step()
+    engine.stepped()  # at once, though a first token is being computed
     assert neighbour.others_wait()
+    neighbour.close()
+    engine.close()
+
+
+@pytest.fixture
+def reserving(settings: Settings) -> Iterator[Steward]:
+    """An engine that keeps two extents ready."""
+    engine = start(replace(settings, reserve_bytes=2 * PAGE))
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_nothing_that_can_wait_comes_before_a_first_token(
+    reserving: Steward, in_parts: bool
+) -> None:
+    """vLLM tells what a step has computed once it has launched the next one. What was done after
+    the prompt's launch held its token up for 0.4 ms, whether sampling had been launched or not."""
+    prompt = a_prompt(reserving)
+    launch(reserving, prompt)
+    if in_parts:  # of a long prompt, the rest
+        reserving.finished(prompt)
+        prompt = next_token(known=0)
+        launch(reserving, prompt)
+    reserving.stepped()
+    assert worker_of(reserving).arena.committed == {0, 1}
+
+    launch(reserving, next_token())
+    reserving.finished(prompt)
+    reserving.stepped()
+    assert worker_of(reserving).arena.committed == {0, 1, 2, 3}
+
+
+def test_an_engine_with_a_prompt_in_every_step_does_not_put_things_off_for_ever(
+    reserving: Steward,
+) -> None:
+    before = a_prompt(reserving)
+    launch(reserving, before)
+    arena = worker_of(reserving).arena
+    reserving.stepped()
+    began = time.monotonic()
+    while arena.committed != {0, 1, 2, 3}:
+        assert time.monotonic() - began < 5, "nothing was committed ahead"
+        step = step_of([])
+        launch(reserving, step)
+        reserving.finished(before)
+        reserving.stepped()
+        before = step
+        time.sleep(0.005)
+    assert time.monotonic() - began > 0.9 * FIRST_TOKEN_SECONDS
+
+
+def test_an_engine_that_is_left_with_a_first_token_untold_serves_its_neighbours(
+    settings: Settings,
+) -> None:
+    """Whoever uses an engine in process may stop between two steps."""
+    engine = start(settings)
+    with engine.pool.lock:
+        engine.pool.prepare(BLOCKS - 1)
+        blocks = engine.pool.take(BLOCKS - 1)
+    launch(engine, step_of([block.block_id for block in blocks]))
+    engine.stepped()
+    engine.pool.keep(blocks)
+    neighbour = Ledger.open(settings.directory, "host").join("neighbour", None)
+    neighbour.report(0, 0, 2 * PAGE)
+    began = time.monotonic()
+    while not neighbour.reserve(2 * PAGE, 2 * PAGE):
+        assert time.monotonic() - began < 5, "nothing was given back"
+        time.sleep(0.005)
     neighbour.close()
     engine.close()
 
@@ -126,13 +226,10 @@ def test_what_is_committed_ahead_cannot_be_given_back_at_the_same_moment(
     monkeypatch.setattr(memory, "device_driver", lambda _: driver)
     variables = {"KVCACHED_DIR": str(folder), "KVCACHED_BUDGET": str(BUDGET)}
     engine = start(Settings.read(variables | {"KVCACHED_RESERVE": str(2 * PAGE)}))
-    worker = engine._core.model_executor.driver_worker.worker.kvcached
-    with engine.pool.lock:
-        engine.pool.prepare(1)
-        [block] = engine.pool.take(1)
-        step = step_of([block.block_id])
-        engine.launched(step)
-    worker.before_step(step)
+    worker = worker_of(engine)
+    step = a_prompt(engine)
+    launch(engine, step)
+    engine.finished(step)
     could: list[bool] = []
 
     def give_back() -> None:
@@ -146,7 +243,7 @@ def test_what_is_committed_ahead_cannot_be_given_back_at_the_same_moment(
         return False
 
     driver.fail(beside)
-    worker.after_step()
+    engine.stepped()
     driver.heal()
     assert could == [False] * len(could)
     assert len(could) >= 1

@@ -58,18 +58,21 @@ def make(folder: Path) -> WorkerMemory:
     return WorkerMemory(device, config, Settings.read(variables))
 
 
-def step(number: int, blocks: list[int], release: tuple[int, ...] = ()) -> Any:
-    """What the scheduler sends: a step that touches ``blocks`` first and gives ``release`` back."""
+def step(
+    number: int, blocks: list[int], release: tuple[int, ...] = (), commit: tuple[int, ...] = ()
+) -> Any:
+    """What the scheduler sends: a step that touches ``blocks`` first, gives ``release`` back and
+    commits ``commit`` ahead of need."""
     return SimpleNamespace(
         scheduled_new_reqs=[SimpleNamespace(block_ids=(blocks,))],
         scheduled_cached_reqs=SimpleNamespace(new_block_ids=[]),
-        **{ATTRIBUTE: Orders(number, release)},
+        **{ATTRIBUTE: Orders(number, release, commit)},
     )
 
 
 def run(worker: WorkerMemory, output: Any) -> None:
     worker.before_step(output)
-    worker.after_step()
+    worker.launch_is_over()
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
@@ -146,23 +149,25 @@ def test_what_need_not_hold_up_a_step_is_done_once_all_of_it_is_launched(
     be in front of the first token."""
     made, _ = worker
     engine: Any = SimpleNamespace(kvcached=made)
-    done: list[str] = []
-
-    def ahead() -> None:
-        done.append("ahead")
-        made.commit_ahead([5])
-
-    def execute(*_: object) -> str | None:
-        done.append("executed")
-        return None if samples else "an output"
-
-    made.after_launch = ahead
-    execute_model(execute, engine, step(1, [1]))
+    scheduled = step(1, [1], commit=(5,))
+    execute_model(lambda *_: None if samples else "an output", engine, scheduled)
     if samples:
         assert made.arena.committed == {0, 1}
-        sample_tokens(lambda *_: done.append("sampled"), engine, None)
+        sample_tokens(lambda *_: "an output", engine, None)
     assert made.arena.committed == {0, 1, 5}
-    assert done == ["executed", *(["sampled"] if samples else []), "ahead"]
+
+
+def test_an_engine_core_in_the_process_says_when_that_is_done(worker: Worker) -> None:
+    made, _ = worker
+    made.is_led = True
+    engine: Any = SimpleNamespace(kvcached=made)
+    for number in (1, 2, 3):
+        execute_model(lambda *_: None, engine, step(number, [number], release=(number - 1,)))
+        sample_tokens(lambda *_: "an output", engine, None)
+    assert made.arena.committed == {0, 1, 2, 3}
+    made.after_step()
+    assert made.arena.committed == {3}
+    assert made.obey(Orders(3, ())).done_step == 3
 
 
 def test_a_step_after_which_nothing_was_sampled_is_settled_before_the_next(worker: Worker) -> None:

@@ -75,11 +75,12 @@ def make_elastic(scheduler: Any, blocks_per_extent: int = 16) -> Callable[[Any],
     core = SimpleNamespace(
         vllm_config=scheduler.vllm_config, model_executor=UniProcExecutor(worker)
     )
-    scheduler.kvcached = Steward(core, scheduler, Settings.read())
+    scheduler.kvcached = steward = Steward(core, scheduler, Settings.read())
 
     def run(scheduled: Any) -> None:
         memory.before_step(scheduled)
-        memory.after_step()
+        memory.launch_is_over()
+        steward.stepped()
 
     return run
 

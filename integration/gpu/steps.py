@@ -18,8 +18,9 @@ from integration.gpu.record import Json
 
 RECORDER = Path(__file__).resolve().parent / "recorder"
 PARTS = ("schedule", "launch", "before", "after", "sample", "results")
-"""In milliseconds: the scheduler; the model's launch without ours; ours before and after it; the
-launch of sampling without ours; the scheduler again, with the results."""
+"""In milliseconds: the scheduler; the model's launch without ours; ours in front of it, and after
+the results of the step before have been told; the launch of sampling without ours; the scheduler
+again, with the results."""
 QUANTILES = (0.1, 0.5, 0.9)
 
 
@@ -83,6 +84,14 @@ def spread(steps: Sequence[Json]) -> Json:
     return told
 
 
+def means(steps: Sequence[Json]) -> Json:
+    """Of each figure its mean: a process has its luck for life."""
+    told = spread(steps)
+    return {name: of["mean"] for name, of in told.items() if name != "steps"} | {
+        "steps": told["steps"]
+    }
+
+
 def compared(
     files: Mapping[str, Path], windows: Mapping[str, Sequence[tuple[float, float]]]
 ) -> Json:
@@ -96,8 +105,10 @@ def compared(
     for arm in ("off", "on"):
         names = [name for name in files if name.split("-")[0] == arm]
         each = [within(read(files[name]), windows.get(name, ())) for name in names]
+        prompts = {name: alone(of, 1) for name, of in zip(names, each, strict=True)}
         found[arm] = {
-            "prompt": spread([step for steps in each for step in alone(steps, 1)]),
+            "engines": {name: means(of) for name, of in prompts.items() if of},
+            "prompt": spread([step for of in prompts.values() for step in of]),
             "decode": spread([step for steps in each for step in alone(steps, 0)]),
         }
     for what in ("prompt", "decode"):

@@ -161,7 +161,7 @@ STEP_PARTS = {
     "schedule": "schedule",
     "before": "ours, in front of the launch",
     "launch": "launch of the model, without ours",
-    "after": "ours, behind a launch",
+    "after": "ours, what can wait",
     "sample": "launch of sampling, without ours",
     "results": "schedule, with the results",
     "in_engine": "from arrival to the first token",

@@ -43,6 +43,13 @@ def scheduler_init(
         core.kvcached = scheduler.kvcached = core.model_executor.kvcached = steward
 
 
+def post_step(original: Callable[..., None], core: Any, *args: Any, **kwargs: Any) -> None:
+    original(core, *args, **kwargs)
+    steward = steward_of(core)
+    if steward is not None:
+        steward.stepped()
+
+
 def engine_core_shutdown(original: Callable[..., None], core: Any) -> None:
     original(core)
     steward = steward_of(core)

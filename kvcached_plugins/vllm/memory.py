@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -75,8 +76,10 @@ class WorkerMemory:
         self._last_mark: Mark | None = None
         self._ordered_step = self._launched_step = self._done_step = 0
         self._orders: Orders | None = None
-        self.after_launch: Callable[[], None] = lambda: None
-        """What an engine core in this process does once a step is launched: it holds up nobody."""
+        self._over: deque[Orders] = deque(maxlen=1)
+        """Those of the last step whose launch is over, until ``after_step``."""
+        self.is_led = False
+        """Whether an engine core in this process says when to do what need not hold up a step."""
         self._settings = settings
         self._backing = Backing(self.arena, lambda: self._join("not given back"))
         self._starting: Account | None = self._join("starting")
@@ -93,7 +96,7 @@ class WorkerMemory:
 
     def before_step(self, scheduler_output: Any) -> None:
         """Make resident every block that the step names, and note what it gives back."""
-        self.after_step()  # of the step before, if nothing was sampled after it
+        self.launch_is_over()  # of the step before, if nothing was sampled after it
         self._orders = orders = getattr(scheduler_output, ATTRIBUTE, None)
         with self._backing:
             missing = self.arena.missing(chain.from_iterable(named_blocks(scheduler_output)))
@@ -105,17 +108,24 @@ class WorkerMemory:
                 self._ordered_step = orders.step
                 self._quarantine.put(orders.step, orders.release)
 
-    def after_step(self) -> None:
-        """All of the step is launched, sampling too: do now what need not hold it up, once."""
+    def launch_is_over(self) -> None:
+        """All of the step is launched, sampling too."""
         orders, self._orders = self._orders, None
-        if orders is None:
+        if orders is not None:
+            self._over.append(orders)
+            if not self.is_led:
+                self.after_step()
+
+    def after_step(self) -> None:
+        """Do what need not hold up a step, once for each whose launch is over. On any thread."""
+        if not self._over:
             return
         with self._backing:
+            orders = self._over.pop()
             self._launched_step = orders.step
             self._last_mark = self._mark()
             self._backing.release(self._quarantine.take(orders.step - 1))
         self.commit_ahead(orders.commit)
-        self.after_launch()
 
     def commit_ahead(self, extents: Sequence[int]) -> None:
         """Back ``extents`` with memory, if the driver has it now."""

@@ -9,8 +9,8 @@ from kvcached_plugins.refusal import Refusal, expect_refusals
 from kvcached_plugins.refusal import wait_for_engine_startup as wait_for_engine_startup
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, plan
-from kvcached_vmm.errors import KVCachedError
-from kvcached_vmm.extents import EXTENT_BYTES, OWN_EXTENT_BYTES
+from kvcached_vmm.errors import EngineUnsupported, KVCachedError
+from kvcached_vmm.extents import EXTENT_BYTES, OWN_EXTENT_BYTES, ExtentMap
 from kvcached_vmm.host_driver import GRANULARITY as HOST_GRANULARITY
 from kvcached_vmm.locks import private_directory
 from kvcached_vmm.units import MIB, format_size
@@ -140,6 +140,23 @@ def get_kv_cache_configs(
 def gives_own_extents(vllm_config: Any) -> bool:
     """Whether long requests get extents of their own: a prefix cache keeps extents anyway."""
     return not vllm_config.cache_config.enable_prefix_caching
+
+
+def refuse_small_limit(limit_bytes: int, extents: ExtentMap, request_bytes: int) -> None:
+    """An engine that could never run the longest request does not start.
+
+    Raises:
+        EngineUnsupported: ``limit_bytes`` of each worker are less than the ``request_bytes`` of
+            one request and the null block need, in whole extents.
+    """
+    blocks = 1 + -(-request_bytes // extents.block_bytes)
+    needed = -(-blocks // extents.blocks_per_extent) * extents.largest_bytes
+    if limit_bytes < needed:
+        raise EngineUnsupported(
+            f"Each worker may use {format_size(limit_bytes)} for its KV cache, but one "
+            f"request of the longest length needs {format_size(needed)} in whole extents; raise "
+            "KVCACHED_BUDGET or KVCACHED_MAX, or lower --max-model-len or KVCACHED_EXTENT."
+        )
 
 
 def _refuse_unsupported_layers(specs: dict[str, Any]) -> None:

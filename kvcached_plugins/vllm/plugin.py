@@ -36,6 +36,7 @@ PATCHES = (
     Patch("vllm.v1.engine.core:resolve_kv_cache_layout", "planning:resolve_kv_cache_layout"),
     Patch("vllm.v1.engine.core:get_kv_cache_configs", "planning:get_kv_cache_configs"),
     Patch("vllm.v1.engine.core:EngineCore._initialize_kv_caches", "engine:initialize_kv_caches"),
+    Patch("vllm.v1.engine.core:EngineCore.post_step", "engine:post_step"),
     Patch("vllm.v1.engine.core:EngineCore.shutdown", "engine:engine_core_shutdown"),
     Patch("vllm.v1.executor.abstract:Executor.sleep", "engine:executor_sleep"),
     Patch("vllm.v1.executor.abstract:Executor.wake_up", "engine:executor_wake_up"),

@@ -6,7 +6,6 @@ import itertools
 import logging
 import threading
 import time
-import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,13 +15,13 @@ from kvcached_plugins.backing import PATIENCE_SECONDS
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.shares import FreeBytes, Shares, join
 from kvcached_plugins.tenant import LOOK_SECONDS, Tenant
+from kvcached_plugins.vllm import reclaimer
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan, extent_map
 from kvcached_plugins.vllm.memory import Progress, WorkerMemory, WorkerReport
-from kvcached_plugins.vllm.planning import gives_own_extents
+from kvcached_plugins.vllm.planning import gives_own_extents, refuse_small_limit
 from kvcached_plugins.vllm.pool import ElasticBlockPool, ElasticFreeQueue
 from kvcached_vmm.account import Account
-from kvcached_vmm.errors import EngineUnsupported, KVCachedError
-from kvcached_vmm.extents import ExtentMap
+from kvcached_vmm.errors import EngineUnsupported
 from kvcached_vmm.fence import StepClock
 from kvcached_vmm.host_driver import HostDriver
 from kvcached_vmm.policy import Policy
@@ -40,9 +39,8 @@ there: a commit in front of a step costs time to first token."""
 QUIET_SECONDS = 0.1
 """An engine that has not launched a step for this long does not release memory beside its steps."""
 
-RELEASE_LOOK_SECONDS = 0.001
-"""How soon an idle engine looks whether the device has come to what it gives back, and then twice
-as late each time: neighbours wait, and a device that runs their kernels needs a moment to turn."""
+FIRST_TOKEN_SECONDS = 0.1
+"""So long what need not hold up a step waits for first tokens that are being computed."""
 
 HEARTBEAT_SECONDS = 0.2
 """How often an idle engine shows that it would answer (``fairness.SILENCE_SECONDS``)."""
@@ -90,7 +88,7 @@ class Steward:
         self.clock = StepClock()
         reserve = settings.reserve_bytes
         limit = self._shares.limit_bytes()
-        _refuse_small_limit(limit, extents, plan.request_bytes)
+        refuse_small_limit(limit, extents, plan.request_bytes)
         self.pool = ElasticFreeQueue(
             self._block_pool.blocks,
             extents,
@@ -109,10 +107,11 @@ class Steward:
         self._block_tokens = int(config.cache_config.block_size)
         self._tenant = Tenant(self._shares, self.pool, self._queued_bytes)
         self._leaving: deque[_Leaving] = deque()
-        self._launched_at = self._next_look = self._next_beat = 0.0
+        self._launched_at = self._next_look = self._next_beat = self._held_since = 0.0
+        self._first_token_step = 0
         self._stopped = threading.Event()
         if self._local is not None:
-            self._local.after_launch = self._launch_is_over
+            self._local.is_led = True
         self._get_first_extent()
         self._block_pool.bind(self.pool, int(getattr(manager, "watermark_blocks", 0)))
         logger.info(
@@ -125,20 +124,18 @@ class Steward:
             ", ".join(sorted({report.device for report in reports})),
         )
         hub.plugins()  # so that the first who waits does not wait for other packages to load
-        watched = weakref.ref(self)
-        threading.Thread(
-            target=_reclaimer, args=(watched, self._shares), name="kvcached-reclaimer", daemon=True
-        ).start()
+        reclaimer.start(self, self._shares)
 
     def launched(self, scheduler_output: Any) -> None:
-        """A step has been scheduled: number it and give it its orders. What to commit ahead, a
-        worker in this process is told once it has launched the step, which need not wait for that.
-        """
+        """A step has been scheduled: number it and give it its orders. A worker in this process is
+        told in ``stepped`` what to commit ahead."""
         commit = self._settle() if self._local is None else ()
         release = self.pool.tick()
         owed = self._tenant.owed()
         step = self.clock.launch()
         self._launched_at = time.monotonic()
+        if _computes_first_token(scheduler_output):
+            self._first_token_step = step
         scheduler_output.kvcached = Orders(step, (*release, *owed), tuple(commit))
         self._leave(step, release, owed)
 
@@ -157,6 +154,25 @@ class Steward:
         elif self._leaving:
             owed = any(each.owed_at for each in self._leaving)
             self._confirm(self._local.open_step(release=owed))
+
+    def stepped(self) -> None:
+        """The engine core has told the results of a step, and the next one may be under way: do
+        what need not hold up either, if the worker is in this process.
+
+        A step's results are told when the one after it has been launched. If they are first tokens,
+        nothing comes before that which can wait.
+        """
+        if self._local is None:
+            return
+        told = self.clock.finished >= self._first_token_step
+        if not (told or self.pool.admission.is_short):
+            now = time.monotonic()
+            self._held_since = self._held_since or now
+            if now - self._held_since < FIRST_TOKEN_SECONDS:
+                return
+        with self.pool.lock:
+            if not self._stopped.is_set():
+                self._catch_up()
 
     def answer(self) -> None:
         """Release what others are owed beside a running step, if the worker is in this process.
@@ -182,6 +198,8 @@ class Steward:
         with self.pool.lock:
             if self._stopped.is_set() or self._is_stepping():
                 return
+            if self._held_since:
+                self._catch_up()
             step, release = self.clock.launched, self.pool.tick(IDLE_BATCH)
             owed = self._tenant.owed(urgent=True)
             self._leave(step, release, owed)
@@ -271,12 +289,13 @@ class Steward:
         self._tenant.report()
         return ahead
 
-    def _launch_is_over(self) -> None:
-        # The lock is held until they are committed: what is given back meanwhile, at the wish of
+    def _catch_up(self) -> None:
+        # The lock is held until all is committed: what is given back meanwhile, at the wish of
         # others, would have its memory afterwards, and nobody would know.
-        with self.pool.lock:
-            if self._local is not None and not self._stopped.is_set():
-                self._local.commit_ahead(self._settle())
+        self._held_since = 0.0
+        if self._local is not None:
+            self._local.after_step()
+            self._local.commit_ahead(self._settle())
 
     def _is_stepping(self) -> bool:
         """Whether a next step will take our orders along, soon."""
@@ -350,23 +369,9 @@ class Steward:
             self._core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
 
-def _reclaimer(watched: weakref.ref[Steward], shares: Shares) -> None:
-    """Does not keep an engine alive that its user has dropped."""
-    heard, pause, soon = 0, LOOK_SECONDS, RELEASE_LOOK_SECONDS
-    while (heard := shares.wait_for_bell(heard, pause)) >= 0:
-        steward = watched()
-        if steward is None:
-            return
-        try:
-            steward.look(heard)
-        except (KVCachedError, ValueError) as error:  # ValueError: the ledger is being closed
-            if not steward.stopped:
-                logger.error("kvcached: memory cannot be given back now: %s", error)
-        if steward.is_releasing:
-            pause, soon = soon, min(2 * soon, LOOK_SECONDS)
-        else:
-            pause, soon = LOOK_SECONDS, RELEASE_LOOK_SECONDS
-        del steward
+def _computes_first_token(scheduler_output: Any) -> bool:
+    known = scheduler_output.scheduled_cached_reqs
+    return bool(scheduler_output.scheduled_new_reqs) or 0 in known.num_output_tokens
 
 
 def _join(
@@ -387,14 +392,3 @@ def _join(
     )
     account.fix(sum(report.fixed_bytes for report in here))
     return account
-
-
-def _refuse_small_limit(limit_bytes: int, extents: ExtentMap, request_bytes: int) -> None:
-    blocks = 1 + -(-request_bytes // extents.block_bytes)
-    needed = -(-blocks // extents.blocks_per_extent) * extents.largest_bytes
-    if limit_bytes < needed:
-        raise EngineUnsupported(
-            f"Each worker may use {format_size(limit_bytes)} for its KV cache, but one "
-            f"request of the longest length needs {format_size(needed)} in whole extents; raise "
-            "KVCACHED_BUDGET or KVCACHED_MAX, or lower --max-model-len or KVCACHED_EXTENT."
-        )

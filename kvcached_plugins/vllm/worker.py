@@ -81,7 +81,7 @@ def execute_model(original: Callable[..., Any], worker: Any, scheduler_output: A
     memory.before_step(scheduler_output)
     output = original(worker, scheduler_output)
     if output is not None:  # else vLLM samples next, which must not wait for us
-        memory.after_step()
+        memory.launch_is_over()
     return output
 
 
@@ -89,7 +89,7 @@ def sample_tokens(original: Callable[..., Any], worker: Any, *args: Any, **kwarg
     output = original(worker, *args, **kwargs)
     memory: WorkerMemory | None = getattr(worker, "kvcached", None)
     if memory is not None:
-        memory.after_step()
+        memory.launch_is_over()
     return output
 
 

@@ -62,7 +62,7 @@ class Recorder:
             memory = getattr(worker, "kvcached", None)
             if memory is not None:
                 self._on(memory, "before_step", "before")
-                self._on(memory, "after_step", "after")
+                self._on(core.kvcached, "stepped", "after")
 
     def _on(self, owner: Any, name: str, part: str, device: bool = False) -> None:
         original: Callable[..., Any] = getattr(owner, name)
