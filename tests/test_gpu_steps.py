@@ -78,7 +78,8 @@ def test_what_elastic_engines_add_is_told_for_prompts_that_came_alone(tmp_path: 
     files["on"].write_text(row(1, 1) + row(2, 4, 0.1))
     files["on-2"].write_text(row(4, 1) + row(5, 6, 0.1))
     windows = {"off": [(0.0, 8.0)], "on": [(0.0, 3.0)], "on-2": [(3.0, 6.0)]}
-    found = steps.compared(files, windows)
+    recorded = {name: steps.read(file) for name, file in files.items()}
+    found = steps.compared(recorded, windows)
     assert found["on"]["prompt"]["steps"] == 2
     assert found["added_ms"]["prompt"]["schedule"] == pytest.approx(3.0)
     assert found["on"]["engines"]["on-2"]["schedule"] == pytest.approx(6.0)
@@ -86,4 +87,6 @@ def test_what_elastic_engines_add_is_told_for_prompts_that_came_alone(tmp_path: 
     assert found["off"]["decode"]["steps"] == 0
     told = "\n".join(sections.steps(found))
     assert "| schedule | 2.000 | 5.000 |" in told
+    told = "\n".join(sections.steps(found | {"workloads": {"light": found}}))
+    assert "| light | 1; 2 |" in told
     assert sections.steps({}) == []

@@ -233,12 +233,18 @@ class Overhead:
 
     def look_at_steps(self) -> None:
         """The steps of all runs, when the engine cores have written theirs."""
+        recorded = {name: steps.read(path) for name, path in self.steps.items()}
         windows: dict[str, list[tuple[float, float]]] = {}
-        for rounds in self.runs.values():
+        workloads: Json = {}
+        for name, rounds in self.runs.items():
+            of: dict[str, list[tuple[float, float]]] = {}
             for found in (arm for arms in rounds.values() for arm in arms.values()):
                 at = self.run.o.started + found["at_s"]
-                windows.setdefault(found["engine"], []).append((at, at + found["duration_s"]))
-        self.recorded = steps.compared(self.steps, windows)
+                of.setdefault(found["engine"], []).append((at, at + found["duration_s"]))
+            for engine, served in of.items():
+                windows.setdefault(engine, []).extend(served)
+            workloads[name] = steps.compared(recorded, of)
+        self.recorded = steps.compared(recorded, windows) | {"workloads": workloads}
         print(json.dumps(self.recorded["added_ms"], indent=1), flush=True)
 
     def summary(self) -> Json:

@@ -93,18 +93,18 @@ def means(steps: Sequence[Json]) -> Json:
 
 
 def compared(
-    files: Mapping[str, Path], windows: Mapping[str, Sequence[tuple[float, float]]]
+    recorded: Mapping[str, Sequence[Json]], windows: Mapping[str, Sequence[tuple[float, float]]]
 ) -> Json:
     """Of each arm, for prompts that came alone and for steps without any.
 
     Args:
-        files: what each engine wrote.
+        recorded: what each engine wrote.
         windows: when each engine was served, by its name, which begins with that of its arm.
     """
     found: Json = {}
     for arm in ("off", "on"):
-        names = [name for name in files if name.split("-")[0] == arm]
-        each = [within(read(files[name]), windows.get(name, ())) for name in names]
+        names = [name for name in recorded if name.split("-")[0] == arm]
+        each = [within(recorded[name], windows.get(name, ())) for name in names]
         prompts = {name: alone(of, 1) for name, of in zip(names, each, strict=True)}
         found[arm] = {
             "engines": {name: means(of) for name, of in prompts.items() if of},

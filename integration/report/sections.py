@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from integration.report.files import File, Json, number, table
 from integration.report.memory import beside, density, footprint, reclaim, vmm_cost
@@ -181,12 +182,35 @@ def steps(found: Json) -> list[str]:
         if any(part in each for each in arms)
     ]
     counts = "; ".join(f"{each['steps']:,}" for each in arms)
+    workloads = [
+        [
+            name,
+            "; ".join(f"{of[arm]['prompt']['steps']:,}" for arm in ("off", "on")),
+            *(of[arm]["prompt"].get("in_engine", {}).get("mean") for arm in ("off", "on")),
+            *(added_by(of, what) for what in ("prompt", "decode")),
+        ]
+        for name, of in found.get("workloads", {}).items()
+    ]
     return [
         "",
         f"Means of steps with a prompt that came alone, and of those without any ({counts}):",
         "",
         *table(["ms", "prompt, stock", "elastic", "decode, stock", "elastic"], rows),
+        *_workloads(workloads),
     ]
+
+
+def _workloads(rows: Sequence[Sequence[Any]]) -> list[str]:
+    heads = ["prompts alone", "to first token, stock, ms", "elastic", "ours, prompt", "decode"]
+    return ["", *table(["workload", *heads], rows)] if rows else []
+
+
+def added_by(found: Json, what: str) -> float | None:
+    """Milliseconds that an elastic cache puts in front of what a step of this kind has computed;
+    what can wait is not in front of it."""
+    added = found["added_ms"][what]
+    parts = [added[part] for part in ("schedule", "before", "results") if part in added]
+    return round(sum(parts), 4) if parts else None
 
 
 def colocation(file: File) -> list[str]:
