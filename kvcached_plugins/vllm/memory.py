@@ -122,8 +122,7 @@ class WorkerMemory:
             return
         with self._backing:
             orders = self._over.pop()
-            self._launched_step = orders.step
-            self._last_mark = self._mark()
+            self._launched_step, self._last_mark = orders.step, None
             self._backing.release(self._quarantine.take(orders.step - 1))
         self.commit_ahead(orders.commit)
 
@@ -137,8 +136,11 @@ class WorkerMemory:
         with self._backing:
             self._quarantine.put(orders.step, orders.release)
             self._backing.release(self._quarantine.take(0))
-            if self._last_mark is not None and self._last_mark.query():
-                self._done_step, self._last_mark = self._launched_step, None
+            if self._done_step < self._launched_step:
+                # Set here and not after each launch: only of an engine that rests it is asked.
+                self._last_mark = self._last_mark or self._mark()
+                if self._last_mark.query():
+                    self._done_step = self._launched_step
             return Progress(self._done_step, len(self._quarantine), self.driver_seconds)
 
     def open_step(self, release: bool) -> int:
