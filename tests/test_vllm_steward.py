@@ -25,7 +25,7 @@ from kvcached_plugins.vllm import memory
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Plan
 from kvcached_plugins.vllm.memory import WorkerMemory
 from kvcached_plugins.vllm.pool import ElasticBlockPool
-from kvcached_plugins.vllm.steward import FIRST_TOKEN_SECONDS, QUIET_SECONDS, Steward
+from kvcached_plugins.vllm.steward import FIRST_TOKEN_SECONDS, PACE_SECONDS, QUIET_SECONDS, Steward
 from kvcached_vmm.host_driver import HostDriver
 from kvcached_vmm.ledger import Ledger
 from kvcached_vmm.units import MIB
@@ -176,6 +176,29 @@ def test_nothing_that_can_wait_comes_before_a_first_token(
     reserving.finished(prompt)
     reserving.stepped()
     assert worker_of(reserving).arena.committed == {0, 1, 2, 3}
+
+
+def test_what_can_wait_is_not_done_after_every_step(reserving: Steward) -> None:
+    """Where a step is bound by the processor, each microsecond of ours in it makes it longer."""
+    prompt, before = a_prompt(reserving), next_token()
+    launch(reserving, prompt)
+    launch(reserving, before)
+    reserving.finished(prompt)
+    began = time.monotonic()
+    reserving.stepped()
+    arena = worker_of(reserving).arena
+    assert arena.committed == {0, 1, 2, 3}
+
+    a_prompt(reserving)
+    while len(arena.committed) == 4:
+        assert time.monotonic() - began < 5, "the reserve was not committed again"
+        step = next_token()
+        launch(reserving, step)
+        reserving.finished(before)
+        reserving.stepped()
+        before = step
+        time.sleep(0.001)
+    assert time.monotonic() - began >= PACE_SECONDS
 
 
 def test_an_engine_with_a_prompt_in_every_step_does_not_put_things_off_for_ever(

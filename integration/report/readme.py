@@ -27,6 +27,7 @@ COMPILED = (
     "colocation-vllm-0.33.0-h200-20261129203412.json",
     "colocation-vllm-0.33.0-h200-20261129232344.json",
     "colocation-vllm-0.33.0-h200-20261130023216.json",
+    "colocation-vllm-0.33.0-h200-20261130054322.json",
     "colocation-vllm-0.30.0-h200-20261130023223.json",
 )
 OVERHEAD = "overhead-h200.json"
@@ -34,10 +35,14 @@ PAIRS = (
     "overhead-alone-h200.json",
     "overhead-alone-h200-20261129233616-2.json",
     "overhead-alone-h200-20261130022315.json",
+    "overhead-alone-h200-20261130050447.json",
+    "overhead-alone-h200-20261130053435.json",
+    "overhead-alone-h200-20261130053434.json",
     "overhead-turns-h200-20261129200546.json",
     "overhead-turns-h200-20261129231421.json",
     "overhead-turns-h200-20261130022315.json",
     "overhead-turns-h200-20261130030556.json",
+    "overhead-turns-h200-20261130050447.json",
     "overhead-turns-h200-20261129175639.json",
 )
 BUSY = "overhead-alone-h200-20261129233616.json"

@@ -108,6 +108,11 @@ class WorkerMemory:
                 self._ordered_step = orders.step
                 self._quarantine.put(orders.step, orders.release)
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the launch of a step is over for which ``after_step`` has yet to be called."""
+        return bool(self._over)
+
     def launch_is_over(self) -> None:
         """All of the step is launched, sampling too."""
         orders, self._orders = self._orders, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -16,6 +15,7 @@ from kvcached_plugins.settings import Settings
 from kvcached_plugins.shares import FreeBytes, Shares, join
 from kvcached_plugins.tenant import LOOK_SECONDS, Tenant
 from kvcached_plugins.vllm import reclaimer
+from kvcached_plugins.vllm.demand import computes_first_token, queued_blocks
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan, extent_map
 from kvcached_plugins.vllm.memory import Progress, WorkerMemory, WorkerReport
 from kvcached_plugins.vllm.planning import gives_own_extents, refuse_small_limit
@@ -40,13 +40,14 @@ QUIET_SECONDS = 0.1
 """An engine that has not launched a step for this long does not release memory beside its steps."""
 
 FIRST_TOKEN_SECONDS = 0.1
-"""So long what need not hold up a step waits for first tokens that are being computed."""
+"""So long what need not hold up a step waits for first tokens that are being computed, at most."""
+
+PACE_SECONDS = 0.02
+"""How often it is done at most: a step without a first token takes a few milliseconds, and little
+of the reserve."""
 
 HEARTBEAT_SECONDS = 0.2
 """How often an idle engine shows that it would answer (``fairness.SILENCE_SECONDS``)."""
-
-QUEUE_LOOK = 256
-"""How many waiting requests are looked at to tell what is wanted."""
 
 
 class _Leaving(NamedTuple):
@@ -107,7 +108,8 @@ class Steward:
         self._block_tokens = int(config.cache_config.block_size)
         self._tenant = Tenant(self._shares, self.pool, self._queued_bytes)
         self._leaving: deque[_Leaving] = deque()
-        self._launched_at = self._next_look = self._next_beat = self._held_since = 0.0
+        self._launched_at = self._next_look = self._next_beat = 0.0
+        self._caught_up_at = self._held_since = 0.0
         self._first_token_step = 0
         self._stopped = threading.Event()
         if self._local is not None:
@@ -134,7 +136,7 @@ class Steward:
         owed = self._tenant.owed()
         step = self.clock.launch()
         self._launched_at = time.monotonic()
-        if _computes_first_token(scheduler_output):
+        if computes_first_token(scheduler_output):
             self._first_token_step = step
         scheduler_output.kvcached = Orders(step, (*release, *owed), tuple(commit))
         self._leave(step, release, owed)
@@ -164,11 +166,13 @@ class Steward:
         """
         if self._local is None:
             return
-        told = self.clock.finished >= self._first_token_step
-        if not (told or self.pool.admission.is_short):
-            now = time.monotonic()
-            self._held_since = self._held_since or now
-            if now - self._held_since < FIRST_TOKEN_SECONDS:
+        now = time.monotonic()
+        if not self.pool.admission.is_short:
+            if self.clock.finished < self._first_token_step:
+                self._held_since = self._held_since or now
+                if now - self._held_since < FIRST_TOKEN_SECONDS:
+                    return
+            elif now - self._caught_up_at < PACE_SECONDS and not self._leaving:
                 return
         with self.pool.lock:
             if not self._stopped.is_set():
@@ -198,7 +202,7 @@ class Steward:
         with self.pool.lock:
             if self._stopped.is_set() or self._is_stepping():
                 return
-            if self._held_since:
+            if self._is_behind:
                 self._catch_up()
             step, release = self.clock.launched, self.pool.tick(IDLE_BATCH)
             owed = self._tenant.owed(urgent=True)
@@ -261,7 +265,8 @@ class Steward:
                     self._tenant.report(force=True)
         if heard == self._tenant.heard and self._is_stepping():
             return
-        spare = now >= self._next_look and (self.pool.has_spare or self._leaving)
+        due = self.pool.has_spare or self._leaving or self._is_behind
+        spare = now >= self._next_look and due
         if not (spare or self.is_releasing or self._tenant.must_answer()):
             return
         self._next_look = now + min(1.0, max(LOOK_SECONDS, self.pool.policy.decay_seconds / 4))
@@ -278,6 +283,10 @@ class Steward:
         return bool(self._leaving) and not self._is_stepping()
 
     @property
+    def _is_behind(self) -> bool:
+        return self._local is not None and self._local.is_behind
+
+    @property
     def stopped(self) -> bool:
         """Whether the engine has ended."""
         return self._stopped.is_set()
@@ -292,7 +301,7 @@ class Steward:
     def _catch_up(self) -> None:
         # The lock is held until all is committed: what is given back meanwhile, at the wish of
         # others, would have its memory afterwards, and nobody would know.
-        self._held_since = 0.0
+        self._caught_up_at, self._held_since = time.monotonic(), 0.0
         if self._local is not None:
             self._local.after_step()
             self._local.commit_ahead(self._settle())
@@ -310,12 +319,8 @@ class Steward:
         Known to the neighbours at once, it spares as many rounds of asking and giving, and they
         keep to fair shares from the start.
         """
-        scheduler = self._scheduler
-        room = min(scheduler.max_num_running_reqs - len(scheduler.running), QUEUE_LOOK)
-        # All at once: the engine's main thread adds requests meanwhile.
-        waiting = tuple(itertools.islice(scheduler.waiting, max(0, room)))
-        blocks = sum(-(-request.num_tokens // self._block_tokens) for request in waiting)
-        return int(blocks) * self.pool.extents.block_bytes
+        blocks = queued_blocks(self._scheduler, self._block_tokens)
+        return blocks * self.pool.extents.block_bytes
 
     def _leave(self, step: int, release: Sequence[int], owed: Sequence[int]) -> None:
         if release:
@@ -367,11 +372,6 @@ class Steward:
 
             callbacks.append(self.idle)
             self._core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
-
-
-def _computes_first_token(scheduler_output: Any) -> bool:
-    known = scheduler_output.scheduled_cached_reqs
-    return bool(scheduler_output.scheduled_new_reqs) or 0 in known.num_output_tokens
 
 
 def _join(
