@@ -106,14 +106,18 @@ class File:
         """Whether several elastic engines of ``overhead`` had to get memory from each other."""
         return self.data.get("engines", 1) > 1 and not self.data.get("roomy")
 
+    def ratios(self, figure: str) -> dict[str, list[float]]:
+        """Elastic over stock of ``figure`` in each pair of runs, by workload of ``overhead``."""
+        works = self.data.get("workloads", {}).items()
+        found = {
+            name: [one[figure] for one in each.get("of_each_round", []) if figure in one]
+            for name, each in works
+        }
+        return {name: ratios for name, ratios in found.items() if ratios}
+
     def pairs(self, figure: str) -> dict[str, Pairs]:
-        """What the pairs of runs of each workload of ``overhead`` say of ``figure``."""
-        found = {}
-        for name, each in self.data.get("workloads", {}).items():
-            ratios = [one[figure] for one in each.get("of_each_round", []) if figure in one]
-            if ratios:
-                found[name] = Pairs.of(ratios)
-        return found
+        """What the pairs of runs of each workload say of ``figure``."""
+        return {name: Pairs.of(ratios) for name, ratios in self.ratios(figure).items()}
 
     @property
     def engine_version(self) -> str:

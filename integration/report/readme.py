@@ -6,8 +6,9 @@ A test compares them with the README, so that no figure there is older than its 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
-from integration.report.files import File, Files
+from integration.report.files import File, Files, Pairs
 
 SATURATED = "onoff-saturated-h200.json"
 TOKENS = "tokens-h200.json"
@@ -24,27 +25,30 @@ COLOCATED = "colocation-vllm-0.30.0-h200.json"
 COLOCATED_NEW = "colocation-vllm-0.33.0-h200.json"
 COLOCATED_AGAIN = "colocation-vllm-0.30.0-h200-20261129175640.json"
 COMPILED = (
-    "colocation-vllm-0.33.0-h200-20261129203412.json",
-    "colocation-vllm-0.33.0-h200-20261129232344.json",
-    "colocation-vllm-0.33.0-h200-20261130023216.json",
-    "colocation-vllm-0.33.0-h200-20261130054322.json",
-    "colocation-vllm-0.30.0-h200-20261130023223.json",
+    ("colocation-vllm-0.33.0-h200-20261130054322.json", "4", "6"),
+    ("colocation-vllm-0.33.0-h200-20261130023216.json", "8"),
+    ("colocation-vllm-0.30.0-h200-20261130023223.json", "6"),
 )
+"""The newest run of each rate that has a static split too; RESULTS.md has all."""
 OVERHEAD = "overhead-h200.json"
-PAIRS = (
+ALONE_NOW = (
+    "overhead-alone-h200-20261130053435.json",
+    "overhead-alone-h200-20261130053434.json",
+)
+ALONE = (
     "overhead-alone-h200.json",
     "overhead-alone-h200-20261129233616-2.json",
     "overhead-alone-h200-20261130022315.json",
     "overhead-alone-h200-20261130050447.json",
-    "overhead-alone-h200-20261130053435.json",
-    "overhead-alone-h200-20261130053434.json",
+)
+TURNS = (
     "overhead-turns-h200-20261129200546.json",
     "overhead-turns-h200-20261129231421.json",
     "overhead-turns-h200-20261130022315.json",
     "overhead-turns-h200-20261130030556.json",
     "overhead-turns-h200-20261130050447.json",
-    "overhead-turns-h200-20261129175639.json",
 )
+UNCOMPILED_TURNS = ("overhead-turns-h200-20261129175639.json",)
 BUSY = "overhead-alone-h200-20261129233616.json"
 DENSE = "density-h200-20261129233102.json"
 FOOTPRINT = "footprint-h200-20261130021759.json"
@@ -77,13 +81,17 @@ def tables(files: Files) -> dict[str, list[str]]:
             _awake(held[LARGE], ", 70B shape in fp8"),
             _tokens(held[TOKENS], held[GRAPH_TOKENS], held[PREEMPTED]),
             _overhead(held[OVERHEAD]),
-            *(_pairs(held[name]) for name in PAIRS),
+            *(
+                _pairs([held[name] for name in names])
+                for names in (ALONE_NOW, ALONE, TURNS, UNCOMPILED_TURNS)
+            ),
         ],
         "| Three Llama-3.1-8B": [
             row
-            for name in (COLOCATED, COLOCATED_AGAIN, COLOCATED_NEW, *COMPILED)
+            for name in (COLOCATED, COLOCATED_AGAIN, COLOCATED_NEW)
             for row in _colocated(held[name])
-        ],
+        ]
+        + [row for name, *rates in COMPILED for row in _colocated(held[name], rates)],
         "| An engine that grows": [_growth(held[GROWTH])],
     }
 
@@ -175,11 +183,11 @@ def _burst(file: File, label: str) -> str:
     return _row(told, *cells, file.name)
 
 
-def _colocated(file: File) -> list[str]:
-    """TTFT of each arm by rate; that of an arm that did not run is left out."""
+def _colocated(file: File, rates: Sequence[str] = ()) -> list[str]:
+    """TTFT of each arm by rate, all or ``rates``; that of an arm that did not run is left out."""
     arms, version = file.data["arms"], file.facts["versions"]["vllm"]
     rows = []
-    for rate in sorted(arms["ours"]["rates"], key=float):
+    for rate in sorted(rates or arms["ours"]["rates"], key=float):
         cells = []
         for kind in ("static", "kvcached", "ours"):
             found = arms.get(kind, {"rates": {}})["rates"].get(rate)
@@ -210,18 +218,25 @@ def _overhead(file: File) -> str:
     return _row(label, "1", told, file.name)
 
 
-def _pairs(file: File) -> str:
+def _pairs(files: Sequence[File]) -> str:
     """Pairs of runs on stock and elastic engines, each alone, or elastic ones that take turns."""
-    ttft, tpot = (file.pairs(key) for key in _MEANS)
-    version = file.facts["versions"]["vllm"]
-    started = "as it starts by itself" if file.compiles else "without `torch.compile`"
-    each = "in" if file.in_turns else "each with"
-    engines = {2: "two", 3: "three"}[file.data["engines"]]
-    who = f"{engines} take turns {each} the memory that a stock one has"
-    count = min(pair.count for pair in ttft.values())
-    label = f"vLLM {version} {started}, {who}, {count} pairs of runs: mean TTFT / TPOT"
-    told = "; ".join(f"{name}: {pair} / {tpot[name]}" for name, pair in ttft.items())
-    return _row(label, "1", told, file.name)
+    pooled: list[dict[str, list[float]]] = [{}, {}]
+    for file in files:
+        for found, key in zip(pooled, _MEANS, strict=True):
+            for name, ratios in file.ratios(key).items():
+                found[name] = found.get(name, []) + ratios
+    ttft, tpot = pooled
+    first = files[0]
+    version = first.facts["versions"]["vllm"]
+    started = "as it starts by itself" if first.compiles else "without `torch.compile`"
+    who = "in turns in the memory of one stock engine" if first.in_turns else "each alone"
+    label = f"vLLM {version} {started}, {who}, pairs of runs: mean TTFT / TPOT"
+    told = "; ".join(
+        f"{name} ({len(ratios)}): {Pairs.of(ratios)} / {Pairs.of(tpot[name])}"
+        for name, ratios in ttft.items()
+    )
+    many = f"`{files[0].name}` and {len(files) - 1} more" if len(files) > 1 else f"`{first.name}`"
+    return f"| {label} | 1 | {told} | {many} |"
 
 
 def _throughput(file: File) -> str:
