@@ -21,7 +21,7 @@ import torch
 from integration.benchmarks.first_prompt import Late
 from integration.benchmarks.step import UniProcExecutor
 from kvcached_plugins.settings import Settings
-from kvcached_plugins.vllm import memory
+from kvcached_plugins.vllm import memory, steward
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Plan
 from kvcached_plugins.vllm.memory import WorkerMemory
 from kvcached_plugins.vllm.pool import ElasticBlockPool
@@ -150,9 +150,11 @@ def test_others_are_told_what_is_wanted_once_the_step_is_launched(settings: Sett
 
 
 @pytest.fixture
-def reserving(settings: Settings) -> Iterator[Steward]:
-    """An engine that keeps two extents ready."""
+def reserving(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Steward]:
+    """An engine that keeps two extents ready, and takes steps however long a test is held up."""
+    monkeypatch.setattr(steward, "QUIET_SECONDS", 60.0)
     engine = start(replace(settings, reserve_bytes=2 * PAGE))
+    monkeypatch.setattr(engine._scheduler, "has_requests", lambda: True)
     yield engine
     engine.close()
 
