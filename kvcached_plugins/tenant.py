@@ -77,7 +77,9 @@ class Tenant:
         self._trims = shares.trims()
         self._cache_bytes = shares.cache_bytes()
         pool.admission.limit_bytes = shares.limit_bytes()
-        self._next_look = self._reported = self._waiting_since = 0.0
+        self._next_look = self._waiting_since = 0.0
+        self.reported_at = 0.0
+        """When the others were last told how we are, on the monotonic clock."""
         self.heard = -1
         """What ``Shares.rings`` was when ``owed`` last looked."""
         self._calm_at = 0.0
@@ -137,11 +139,11 @@ class Tenant:
         if wanted:
             self._short_at = now
         more = bool(wanted or coveted) and not self._shares.told_of(wanted, coveted)
-        if not (force or more or now - self._reported >= REPORT_SECONDS):
+        if not (force or more or now - self.reported_at >= REPORT_SECONDS):
             return
         if more:
             self._pool.look_at_cache()  # what we could evict instead decides what others give us
-        self._reported = now
+        self.reported_at = now
         if now - self._short_at < HOLD_SECONDS:
             wanted = max(wanted, self._queued_bytes())
         counters = self._shares.counters

@@ -21,10 +21,12 @@ import torch
 from integration.benchmarks.first_prompt import Late
 from integration.benchmarks.step import UniProcExecutor
 from kvcached_plugins.settings import Settings
+from kvcached_plugins.tenant import LOOK_SECONDS
 from kvcached_plugins.vllm import memory, steward
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Plan
 from kvcached_plugins.vllm.memory import WorkerMemory
 from kvcached_plugins.vllm.pool import ElasticBlockPool
+from kvcached_plugins.vllm.reclaimer import HEARTBEAT_SECONDS
 from kvcached_plugins.vllm.steward import FIRST_TOKEN_SECONDS, PACE_SECONDS, QUIET_SECONDS, Steward
 from kvcached_vmm.host_driver import HostDriver
 from kvcached_vmm.ledger import Ledger
@@ -201,6 +203,24 @@ def test_what_can_wait_is_not_done_after_every_step(reserving: Steward) -> None:
         before = step
         time.sleep(0.001)
     assert time.monotonic() - began >= PACE_SECONDS
+
+
+def test_an_engine_that_serves_is_not_woken_for_nothing(
+    reserving: Steward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time, a launch in its main thread would have to wait for the interpreter."""
+    launch(reserving, next_token())
+    looks = []
+
+    def look(heard: int) -> None:
+        looks.append(heard)
+        Steward.look(reserving, heard)
+
+    monkeypatch.setattr(reserving, "look", look)
+    time.sleep(2 * LOOK_SECONDS)
+    looks.clear()
+    time.sleep(4 * HEARTBEAT_SECONDS)
+    assert 1 <= len(looks) <= 5
 
 
 def test_an_engine_with_a_prompt_in_every_step_does_not_put_things_off_for_ever(

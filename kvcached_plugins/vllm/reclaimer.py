@@ -18,6 +18,12 @@ RELEASE_LOOK_SECONDS = 0.001
 as late each time: neighbours wait, and a device that runs their kernels needs a moment to turn."""
 
 
+HEARTBEAT_SECONDS = 0.2
+"""How often an idle engine shows that it would answer (``fairness.SILENCE_SECONDS``), and how often
+one is woken that serves and that nobody waits for: whatever takes the interpreter from a launch
+makes it longer."""
+
+
 class Answering(Protocol):
     """An engine that answers its neighbours when it is told to look."""
 
@@ -25,12 +31,15 @@ class Answering(Protocol):
     def stopped(self) -> bool: ...
 
     @property
+    def is_calm(self) -> bool: ...
+
+    @property
     def is_releasing(self) -> bool: ...
 
     def look(self, heard: int) -> None: ...
 
 
-def start(engine: Answering, shares: Shares) -> None:
+def start_reclaimer(engine: Answering, shares: Shares) -> None:
     """Have ``engine`` look when the bell of ``shares`` rings, and now and then, until they are
     closed. That does not keep alive an engine that its user has dropped."""
     threading.Thread(
@@ -52,5 +61,6 @@ def _run(watched: weakref.ref[Answering], shares: Shares) -> None:
         if engine.is_releasing:
             pause, soon = soon, min(2 * soon, LOOK_SECONDS)
         else:
-            pause, soon = LOOK_SECONDS, RELEASE_LOOK_SECONDS
+            pause = HEARTBEAT_SECONDS if engine.is_calm else LOOK_SECONDS
+            soon = RELEASE_LOOK_SECONDS
         del engine

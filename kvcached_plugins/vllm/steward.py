@@ -14,12 +14,12 @@ from kvcached_plugins.backing import PATIENCE_SECONDS
 from kvcached_plugins.settings import Settings
 from kvcached_plugins.shares import FreeBytes, Shares, join
 from kvcached_plugins.tenant import LOOK_SECONDS, Tenant
-from kvcached_plugins.vllm import reclaimer
 from kvcached_plugins.vllm.demand import computes_first_token, queued_blocks
 from kvcached_plugins.vllm.geometry import ATTRIBUTE, Orders, Plan, extent_map
 from kvcached_plugins.vllm.memory import Progress, WorkerMemory, WorkerReport
 from kvcached_plugins.vllm.planning import gives_own_extents, refuse_small_limit
 from kvcached_plugins.vllm.pool import ElasticBlockPool, ElasticFreeQueue
+from kvcached_plugins.vllm.reclaimer import HEARTBEAT_SECONDS, start_reclaimer
 from kvcached_vmm.account import Account
 from kvcached_vmm.errors import EngineUnsupported
 from kvcached_vmm.fence import StepClock
@@ -45,9 +45,6 @@ FIRST_TOKEN_SECONDS = 0.1
 PACE_SECONDS = 0.02
 """How often it is done at most: a step without a first token takes a few milliseconds, and little
 of the reserve."""
-
-HEARTBEAT_SECONDS = 0.2
-"""How often an idle engine shows that it would answer (``fairness.SILENCE_SECONDS``)."""
 
 
 class _Leaving(NamedTuple):
@@ -108,7 +105,7 @@ class Steward:
         self._block_tokens = int(config.cache_config.block_size)
         self._tenant = Tenant(self._shares, self.pool, self._queued_bytes)
         self._leaving: deque[_Leaving] = deque()
-        self._launched_at = self._next_look = self._next_beat = 0.0
+        self._launched_at = self._next_look = 0.0
         self._caught_up_at = self._held_since = 0.0
         self._first_token_step = 0
         self._stopped = threading.Event()
@@ -126,7 +123,7 @@ class Steward:
             ", ".join(sorted({report.device for report in reports})),
         )
         hub.plugins()  # so that the first who waits does not wait for other packages to load
-        reclaimer.start(self, self._shares)
+        start_reclaimer(self, self._shares)
 
     def launched(self, scheduler_output: Any) -> None:
         """A step has been scheduled: number it and give it its orders. A worker in this process is
@@ -254,11 +251,8 @@ class Steward:
                 rang, needs no second look: it would take the interpreter from a launch.
         """
         now = time.monotonic()
-        if now >= self._next_beat:
-            self._next_beat = now + HEARTBEAT_SECONDS
+        if now - self._tenant.reported_at >= HEARTBEAT_SECONDS:
             with self.pool.lock:
-                if self._local is not None:
-                    self._shares.counters.driver_seconds = self._local.driver_seconds
                 if not self._stopped.is_set():
                     if not self._is_stepping():
                         self.pool.admission.forget()
@@ -276,6 +270,11 @@ class Steward:
             self.answer()
         else:
             self.idle()
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether the engine takes steps, which report for it, and nobody needs it to look."""
+        return self._is_stepping() and not self._tenant.must_answer()
 
     @property
     def is_releasing(self) -> bool:
@@ -305,6 +304,7 @@ class Steward:
         if self._local is not None:
             self._local.after_step()
             self._local.commit_ahead(self._settle())
+            self._shares.counters.driver_seconds = self._local.driver_seconds
 
     def _is_stepping(self) -> bool:
         """Whether a next step will take our orders along, soon."""
