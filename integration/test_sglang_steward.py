@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -253,6 +254,29 @@ def test_a_batch_without_a_single_page_waits_for_a_neighbour(cases: Callable[...
     helper.join()
     assert 0.15 < time.monotonic() - began < 0.9
     assert case.allocator.available_size() == SPAN
+
+
+def test_the_rest_of_a_prompt_is_as_long_as_there_is_memory_for(
+    cases: Callable[..., Case],
+) -> None:
+    """SGLang's adder would take a whole chunk where it counts none left, and end the engine when it
+    is not to be had."""
+    from kvcached_plugins.sglang.engine import add_chunked_req
+
+    case = cases()
+    case.allocator.steward = case.steward
+    case.take_all_but(1)
+    spare = case.allocator.available_size()
+    adder = SimpleNamespace(token_to_kv_pool_allocator=case.allocator, rem_chunk_tokens=PAGES)
+    asked = add_chunked_req(lambda adder, _: adder.rem_chunk_tokens, adder, None)
+    assert asked == spare == 3 + SPAN
+    assert len(case.allocator.alloc(asked)) == asked
+
+    case.scheduler.chunked_req = Asked(9)
+    case.take_all_but(0)
+    threading.Timer(0.05, case.neighbour.release, [EXTENT_BYTES]).start()
+    case.steward.begin_round()
+    assert case.steward.spare_tokens() >= SPAN
 
 
 def test_a_batch_that_waited_in_vain_goes_back_to_sglang(cases: Callable[..., Case]) -> None:

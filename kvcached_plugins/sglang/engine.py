@@ -85,6 +85,15 @@ def add_one_req(original: Callable[..., Any], adder: Any, req: Any, *args: Any, 
     return original(adder, req, *args, **kw)
 
 
+def add_chunked_req(original: Callable[..., Any], adder: Any, req: Any) -> Any:
+    """A further part of a prompt is no longer than there is memory for. SGLang, which counts on a
+    pool that nobody else takes from, would go on with a whole chunk when it has counted none."""
+    steward = _steward_of_parts(adder)
+    if steward is not None and adder.rem_chunk_tokens is not None:
+        adder.rem_chunk_tokens = min(adder.rem_chunk_tokens, max(1, steward.spare_tokens()))
+    return original(adder, req)
+
+
 def run_batch(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(scheduler, *args, **kwargs)
     steward = steward_of(scheduler)

@@ -68,6 +68,7 @@ HOOKS = (
     Hook(f"{_SCHEDULER}.__init__", "engine:scheduler_init"),
     Hook(f"{_SCHEDULER}.get_next_batch_to_run", "engine:get_next_batch_to_run"),
     Hook(f"{_MANAGERS}.schedule_policy.PrefillAdder.add_one_req", "engine:add_one_req"),
+    Hook(f"{_MANAGERS}.schedule_policy.PrefillAdder.add_chunked_req", "engine:add_chunked_req"),
     Hook(f"{_SCHEDULER}.run_batch", "engine:run_batch"),
     Hook(f"{_SCHEDULER}.flush_cache", "engine:flush_cache"),
     Hook(f"{_SCHEDULER}.get_internal_state", "engine:get_internal_state"),
