@@ -257,10 +257,7 @@ class Shares:
     @property
     def rings(self) -> int:
         """A number that changes when somebody needs us to look."""
-        rings = 0
-        for account, _ in self._accounts:
-            rings += account.rings
-        return rings
+        return sum(account.rings for account, _ in self._accounts)
 
     def wait_for_bell(self, heard: int, timeout_s: float) -> int:
         """Wait until somebody needs us to look, as ``Account.wait_for_bell`` does."""

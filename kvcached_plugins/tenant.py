@@ -29,6 +29,9 @@ CALM_SECONDS = 1.0
 """How long an engine keeps to its fair share after others have waited, so that it does not take at
 once what they are about to ask for again."""
 
+QUEUE_LOOK = 256
+"""How many waiting requests are looked at to tell what is wanted."""
+
 EVERYTHING = 1 << 62
 
 

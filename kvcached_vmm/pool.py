@@ -258,7 +258,7 @@ class ElasticPool(Generic[B]):
                 free_blocks = self._sort()
                 if now - self._cache.noted_at >= AGES_SECONDS:
                     self._cache.note_ages(free_blocks, now)
-            most = min(limit, len(self._idle) - self._ready(now)) if self._idle else 0
+            most = min(limit, len(self._idle) - self._ready(now))
             return self._leave(self._idle.since(now - decay, most)) if most > 0 else []
 
     def reclaim(self, wanted_bytes: int) -> list[int]:

@@ -87,9 +87,7 @@ def spread(steps: Sequence[Json]) -> Json:
 def means(steps: Sequence[Json]) -> Json:
     """Of each figure its mean: a process has its luck for life."""
     told = spread(steps)
-    return {name: of["mean"] for name, of in told.items() if name != "steps"} | {
-        "steps": told["steps"]
-    }
+    return {"steps": told.pop("steps")} | {name: of["mean"] for name, of in told.items()}
 
 
 def compared(

@@ -220,12 +220,7 @@ def _overhead(file: File) -> str:
 
 def _pairs(files: Sequence[File]) -> str:
     """Pairs of runs on stock and elastic engines, each alone, or elastic ones that take turns."""
-    pooled: list[dict[str, list[float]]] = [{}, {}]
-    for file in files:
-        for found, key in zip(pooled, _MEANS, strict=True):
-            for name, ratios in file.ratios(key).items():
-                found[name] = found.get(name, []) + ratios
-    ttft, tpot = pooled
+    ttft, tpot = (_pooled(files, key) for key in _MEANS)
     first = files[0]
     version = first.facts["versions"]["vllm"]
     started = "as it starts by itself" if first.compiles else "without `torch.compile`"
@@ -235,8 +230,17 @@ def _pairs(files: Sequence[File]) -> str:
         f"{name} ({len(ratios)}): {Pairs.of(ratios)} / {Pairs.of(tpot[name])}"
         for name, ratios in ttft.items()
     )
-    many = f"`{files[0].name}` and {len(files) - 1} more" if len(files) > 1 else f"`{first.name}`"
-    return f"| {label} | 1 | {told} | {many} |"
+    names = ", ".join(f"`{file.name}`" for file in files)
+    return f"| {label} | 1 | {told} | {names} |"
+
+
+def _pooled(files: Sequence[File], figure: str) -> dict[str, list[float]]:
+    """The ratios of all ``files``, by workload."""
+    found: dict[str, list[float]] = {}
+    for file in files:
+        for name, ratios in file.ratios(figure).items():
+            found.setdefault(name, []).extend(ratios)
+    return found
 
 
 def _throughput(file: File) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from integration.report.files import File, Json, number, table
 from integration.report.memory import beside, density, footprint, reclaim, vmm_cost
@@ -182,30 +181,30 @@ def steps(found: Json) -> list[str]:
         if any(part in each for each in arms)
     ]
     counts = "; ".join(f"{each['steps']:,}" for each in arms)
-    workloads = [
-        [
-            name,
-            "; ".join(f"{of[arm]['prompt']['steps']:,}" for arm in ("off", "on")),
-            *(of[arm]["prompt"].get("in_engine", {}).get("mean") for arm in ("off", "on")),
-            *(added_by(of, what) for what in ("prompt", "decode")),
-        ]
-        for name, of in found.get("workloads", {}).items()
-    ]
     return [
         "",
         f"Means of steps with a prompt that came alone, and of those without any ({counts}):",
         "",
         *table(["ms", "prompt, stock", "elastic", "decode, stock", "elastic"], rows),
-        *_workloads(workloads),
+        *_by_workload(found.get("workloads", {})),
     ]
 
 
-def _workloads(rows: Sequence[Sequence[Any]]) -> list[str]:
+def _by_workload(workloads: Json) -> list[str]:
+    rows = [
+        [
+            name,
+            "; ".join(f"{of[arm]['prompt']['steps']:,}" for arm in ("off", "on")),
+            *(of[arm]["prompt"].get("in_engine", {}).get("mean") for arm in ("off", "on")),
+            *(_added(of, what) for what in ("prompt", "decode")),
+        ]
+        for name, of in workloads.items()
+    ]
     heads = ["prompts alone", "to first token, stock, ms", "elastic", "ours, prompt", "decode"]
     return ["", *table(["workload", *heads], rows)] if rows else []
 
 
-def added_by(found: Json, what: str) -> float | None:
+def _added(found: Json, what: str) -> float | None:
     """Milliseconds that an elastic cache puts in front of what a step of this kind has computed;
     what can wait is not in front of it."""
     added = found["added_ms"][what]

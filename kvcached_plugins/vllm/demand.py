@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-QUEUE_LOOK = 256
-"""How many waiting requests are looked at to tell what is wanted."""
+from kvcached_plugins.tenant import QUEUE_LOOK
 
 
 def queued_blocks(scheduler: Any, block_tokens: int) -> int:
