@@ -101,9 +101,24 @@ def test_pairs_of_runs_are_averaged_as_ratios_and_have_an_error() -> None:
     [alone] = [each for each in goals.GOALS if each.figure.startswith("mean TTFT")]
     [in_turns] = [each for each in goals.GOALS if "caches of others" in each.figure]
     small, large = Files([run(1.0, 1.0)]), Files([run(1.2, 1.2, engines=3)])
-    assert alone.row(small)[3:5] == ["1.00 \N{PLUS-MINUS SIGN} 0.00 at 6/s, torch.compile", "met"]
+    told = "1.00 \N{PLUS-MINUS SIGN} 0.00 in 1 workload, torch.compile"
+    assert alone.row(small)[3:5] == [told, "met"]
     assert in_turns.row(large)[4] == "**missed**"
     assert alone.row(large)[3] == in_turns.row(small)[3] == goals.NOT_RUN
+
+
+def test_the_mean_of_a_runs_workloads_does_not_hide_its_worst() -> None:
+    works = {"6/s": (0.9, 0.9), "2/s": (1.0, 1.1), "saturated": (3.0, 3.0)}
+    told = {name: [{"mean_ttft_ms": each} for each in both] for name, both in works.items()}
+    rounds = {name: {"of_each_round": each} for name, each in told.items()}
+    files = Files([of_gpu("overhead-a.json", workloads=rounds)])
+    mean, worst = (
+        goal.row(files)[3:5]
+        for goal in goals.GOALS
+        if goal.found in (goals.first_token, goals.first_token_at_worst)
+    )
+    assert mean == ["0.97 \N{PLUS-MINUS SIGN} 0.02 in 2 workloads, torch.compile", "met"]
+    assert worst == ["1.05 \N{PLUS-MINUS SIGN} 0.05 at 2/s, torch.compile", "**missed**"]
 
 
 def test_a_run_is_told_by_its_command_without_its_folder() -> None:

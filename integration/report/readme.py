@@ -25,7 +25,8 @@ COLOCATED = "colocation-vllm-0.30.0-h200.json"
 COLOCATED_NEW = "colocation-vllm-0.33.0-h200.json"
 COLOCATED_AGAIN = "colocation-vllm-0.30.0-h200-20261129175640.json"
 COMPILED = (
-    ("colocation-vllm-0.33.0-h200-20261130054322.json", "4", "6"),
+    ("colocation-vllm-0.33.0-h200-20261130081402.json", "4"),
+    ("colocation-vllm-0.33.0-h200-20261130054322.json", "6"),
     ("colocation-vllm-0.33.0-h200-20261130023216.json", "8"),
     ("colocation-vllm-0.30.0-h200-20261130023223.json", "6"),
 )
@@ -34,6 +35,7 @@ OVERHEAD = "overhead-h200.json"
 ALONE_NOW = (
     "overhead-alone-h200-20261130053435.json",
     "overhead-alone-h200-20261130053434.json",
+    "overhead-alone-h200-20261130080519.json",
 )
 ALONE = (
     "overhead-alone-h200.json",
@@ -48,6 +50,7 @@ TURNS = (
     "overhead-turns-h200-20261130030556.json",
     "overhead-turns-h200-20261130050447.json",
 )
+TURNS_NOW = ("overhead-turns-h200-20261130082047.json",)
 UNCOMPILED_TURNS = ("overhead-turns-h200-20261129175639.json",)
 BUSY = "overhead-alone-h200-20261129233616.json"
 DENSE = "density-h200-20261129233102.json"
@@ -83,7 +86,7 @@ def tables(files: Files) -> dict[str, list[str]]:
             _overhead(held[OVERHEAD]),
             *(
                 _pairs([held[name] for name in names])
-                for names in (ALONE_NOW, ALONE, TURNS, UNCOMPILED_TURNS)
+                for names in (ALONE_NOW, ALONE, TURNS_NOW, TURNS, UNCOMPILED_TURNS)
             ),
         ],
         "| Three Llama-3.1-8B": [
@@ -225,7 +228,8 @@ def _pairs(files: Sequence[File]) -> str:
     version = first.facts["versions"]["vllm"]
     started = "as it starts by itself" if first.compiles else "without `torch.compile`"
     who = "in turns in the memory of one stock engine" if first.in_turns else "each alone"
-    label = f"vLLM {version} {started}, {who}, pairs of runs: mean TTFT / TPOT"
+    at = ", ".join(dict.fromkeys(file.commit for file in files))
+    label = f"vLLM {version} {started}, {who}, pairs of runs at {at}: mean TTFT / TPOT"
     told = "; ".join(
         f"{name} ({len(ratios)}): {Pairs.of(ratios)} / {Pairs.of(tpot[name])}"
         for name, ratios in ttft.items()
