@@ -115,6 +115,17 @@ class Case:
         self.neighbour.commit(wanted, wanted)
         self.look(1)
 
+    def go_on_reading(self) -> int:
+        """How many tokens SGLang takes into a round of a prompt that it has begun to read."""
+        from kvcached_plugins.sglang.engine import add_chunked_req
+
+        self.allocator.steward = self.steward
+        rest, taken = Asked(PAGES), []
+        adder = SimpleNamespace(token_to_kv_pool_allocator=self.allocator, rem_chunk_tokens=PAGES)
+        answer = add_chunked_req(lambda adder, _: taken.append(adder.rem_chunk_tokens), adder, rest)
+        assert taken or answer is rest, "SGLang keeps what is left out for its next round"
+        return sum(taken)
+
     def committed(self) -> int:
         return len(self.memory.arena.committed)
 

@@ -5,8 +5,11 @@ in and goes out over sockets in a server is put in and taken out by hand. SPEC i
 
     {"arguments": {...},        # for ServerArgs
      "requests": [[[ids], n], ...],
-     "script": [["run", first, last], ["idle", seconds], ["flush"], ["release"], ["resume"],
-                ["until", bytes, seconds], ["wait_for", file]]}
+     "script": [["run", first, last], ["rival", first, last], ["idle", seconds], ["flush"],
+                ["release"], ["resume"], ["until", bytes, seconds], ["wait_for", file]]}
+
+``rival`` is a ``run`` beside a neighbour that takes what is free of the budget while a prompt has
+been read in part.
 
 OUT becomes {"tokens": [...], "phases": [{"peak_bytes", "end_bytes", "retractions", ...}]}, one
 phase per line of the script.
@@ -17,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from array import array
 from collections import Counter
@@ -28,6 +32,43 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from integration.engine import kv_bytes
 
 STUCK_S = 900.0
+
+HOLD_S, REST_S = 1.3, 0.05
+"""How long the neighbour of ``rival`` keeps what it took (longer than a batch waits before SGLang
+retracts requests of it), and takes nothing then."""
+
+
+class Rival(threading.Thread):
+    """A neighbour in the ledger that takes memory at the worst moments: a scheduler that waits for
+    some cannot be in the way, so it has a thread of its own."""
+
+    def __init__(self, scheduler: Any) -> None:
+        super().__init__(daemon=True)
+        from kvcached_plugins.settings import Settings
+        from kvcached_vmm.ledger import Ledger
+
+        self._scheduler = scheduler
+        self._memory = scheduler.kvcached.memory
+        device = self._memory.arena.driver.device
+        self._account = Ledger.open(Settings.read().directory, device).join("rival", None)
+        self._over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        unit, size = self._memory.unit_bytes, self._memory.arena.size_bytes
+        while not self._over.wait(REST_S):
+            held, until = 0, time.monotonic() + HOLD_S
+            while self._scheduler.chunked_req is not None and time.monotonic() < until:
+                granted = self._account.reserve(size, unit)
+                self._account.commit(granted, granted)
+                held += granted
+                self._over.wait(0.002)
+            self._account.release(held)
+
+    def close(self) -> None:
+        self._over.set()
+        self.join()
+        self._account.close()
 
 
 class Driver:
@@ -45,6 +86,7 @@ class Driver:
         self.pid = os.getpid()
         self.scheduler = self._make(spec["arguments"])
         self._step: list[Any] | None = None
+        self._rival: Rival | None = None
         self._next_sample = 0.0
 
     def run(self) -> None:
@@ -61,6 +103,9 @@ class Driver:
         if now >= self._next_sample:
             self._next_sample = now + 0.02
             self._sample()
+        last, half_read = self.scheduler.last_batch, self.scheduler.chunked_req
+        if half_read is not None and (last is None or half_read not in last.reqs):
+            self.counts["left_out"] += 1
         if self._over(now):
             self._sample()
             self.phases[-1]["end_bytes"] = self._bytes
@@ -69,6 +114,9 @@ class Driver:
             self.phases[-1]["state"] = self._state()
             self.counts.clear()
             self._step = None
+            if self._rival is not None:
+                self._rival.close()
+                self._rival = None
         elif now - self._began > STUCK_S:
             raise RuntimeError(f"stuck in {self._step}: {self.phases[-1]}, {self._state()}")
         return []
@@ -76,9 +124,11 @@ class Driver:
     def _begin(self, step: list[Any], now: float) -> None:
         self._step, self._began = step, now
         self.phases.append({"step": step[0], "peak_bytes": 0, "most_waiting": 0})
-        if step[0] == "run":
+        if step[0] in ("run", "rival"):
             for number in range(step[1], step[2]):
                 self._submit(number)
+            if step[0] == "rival":
+                self._rival = Rival(self.scheduler)
         elif step[0] == "flush":
             self.phases[-1]["done"] = self.scheduler.flush_cache()
         elif step[0] in ("release", "resume"):
@@ -94,7 +144,7 @@ class Driver:
     def _over(self, now: float) -> bool:
         assert self._step is not None
         step = self._step
-        if step[0] == "run":
+        if step[0] in ("run", "rival"):
             return bool(self.scheduler.is_fully_idle())
         if step[0] == "idle":
             return now - self._began >= step[1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 
 import pytest
 
@@ -261,22 +260,30 @@ def test_the_rest_of_a_prompt_is_as_long_as_there_is_memory_for(
 ) -> None:
     """SGLang's adder would take a whole chunk where it counts none left, and end the engine when it
     is not to be had."""
-    from kvcached_plugins.sglang.engine import add_chunked_req
-
     case = cases()
-    case.allocator.steward = case.steward
     case.take_all_but(1)
     spare = case.allocator.available_size()
-    adder = SimpleNamespace(token_to_kv_pool_allocator=case.allocator, rem_chunk_tokens=PAGES)
-    asked = add_chunked_req(lambda adder, _: adder.rem_chunk_tokens, adder, None)
+    asked = case.go_on_reading()
     assert asked == spare == 3 + SPAN
     assert len(case.allocator.alloc(asked)) == asked
 
-    case.scheduler.chunked_req = Asked(9)
+
+def test_the_rest_of_a_prompt_waits_while_there_is_none_and_holds_up_nobody(
+    cases: Callable[..., Case],
+) -> None:
+    case = cases()
     case.take_all_but(0)
-    threading.Timer(0.05, case.neighbour.release, [EXTENT_BYTES]).start()
+    case.allocator.alloc(3)
+    case.scheduler.chunked_req = Asked(9)
+    began = time.monotonic()
     case.steward.begin_round()
-    assert case.steward.spare_tokens() >= SPAN
+    assert case.go_on_reading() == 0
+    assert time.monotonic() - began < 0.5
+    assert case.allocator.available_size() == 0, "nor does anybody else begin"
+
+    case.neighbour.release(EXTENT_BYTES)
+    case.steward.begin_round()
+    assert case.go_on_reading() == SPAN
 
 
 def test_a_batch_that_waited_in_vain_goes_back_to_sglang(cases: Callable[..., Case]) -> None:

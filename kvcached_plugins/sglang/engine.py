@@ -86,11 +86,16 @@ def add_one_req(original: Callable[..., Any], adder: Any, req: Any, *args: Any, 
 
 
 def add_chunked_req(original: Callable[..., Any], adder: Any, req: Any) -> Any:
-    """A further part of a prompt is no longer than there is memory for. SGLang, which counts on a
-    pool that nobody else takes from, would go on with a whole chunk when it has counted none."""
+    """A further part of a prompt is no longer than there is memory for, and is left out of the
+    round if there is none: the others go on, and may free some. SGLang, which counts on a pool that
+    nobody else takes from, would go on with a whole chunk. It leaves one out itself where a sliding
+    window has no room. Nobody else begins in that round: for them there is not a token either."""
     steward = _steward_of_parts(adder)
     if steward is not None and adder.rem_chunk_tokens is not None:
-        adder.rem_chunk_tokens = min(adder.rem_chunk_tokens, max(1, steward.spare_tokens()))
+        spare = steward.spare_tokens()
+        if not spare:
+            return req
+        adder.rem_chunk_tokens = min(adder.rem_chunk_tokens, spare)
     return original(adder, req)
 
 

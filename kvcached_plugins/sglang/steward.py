@@ -283,12 +283,12 @@ class Steward:
         return free + self.memory.book.promised_pages + self._evictable_pages()
 
     def _starved(self) -> bool:
-        """Whether requests run or are half read, need a page, and not one can be had."""
+        """Whether requests run, need a page to go on, and not one can be had."""
         running = self._scheduler.running_batch
-        if self._spare_pages():
-            return False
-        return self._scheduler.chunked_req is not None or (
-            not running.is_empty() and running.new_tokens_required_next_decode() > 0
+        return (
+            not running.is_empty()
+            and not self._spare_pages()
+            and running.new_tokens_required_next_decode() > 0
         )
 
     def _tick(self) -> None:
