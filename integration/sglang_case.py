@@ -121,7 +121,12 @@ class Case:
 
         self.allocator.steward = self.steward
         rest, taken = Asked(PAGES), []
-        adder = SimpleNamespace(token_to_kv_pool_allocator=self.allocator, rem_chunk_tokens=PAGES)
+        tree = self.scheduler.tree_cache
+        adder = SimpleNamespace(
+            token_to_kv_pool_allocator=self.allocator,
+            rem_chunk_tokens=PAGES,
+            cur_rem_tokens=self.allocator.available_size() + tree.evictable_size(),
+        )
         answer = add_chunked_req(lambda adder, _: taken.append(adder.rem_chunk_tokens), adder, rest)
         assert taken or answer is rest, "SGLang keeps what is left out for its next round"
         return sum(taken)

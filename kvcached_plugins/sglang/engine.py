@@ -92,8 +92,8 @@ def add_chunked_req(original: Callable[..., Any], adder: Any, req: Any) -> Any:
     window has no room. Nobody else begins in that round: for them there is not a token either."""
     steward = _steward_of_parts(adder)
     if steward is not None and adder.rem_chunk_tokens is not None:
-        spare = steward.spare_tokens()
-        if not spare:
+        spare = int(adder.cur_rem_tokens)
+        if spare <= 0:
             return req
         adder.rem_chunk_tokens = min(adder.rem_chunk_tokens, spare)
     return original(adder, req)

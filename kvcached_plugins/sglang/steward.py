@@ -188,10 +188,6 @@ class Steward:
             self.allocator.gain(self.memory.grow(1))
             self._tenant.report(force=True)
 
-    def spare_tokens(self) -> int:
-        """Tokens that could be had now, those that would be evicted for it included."""
-        return self._spare_pages() * self.allocator.page_size
-
     def withheld_tokens(self) -> int:
         """Tokens' worth of pages that are neither in use nor available."""
         return self.memory.book.withheld_pages * self.allocator.page_size
@@ -283,11 +279,11 @@ class Steward:
         return free + self.memory.book.promised_pages + self._evictable_pages()
 
     def _starved(self) -> bool:
-        """Whether requests run, need a page to go on, and not one can be had."""
+        """Whether requests run, need a page, and not one can be had."""
         running = self._scheduler.running_batch
         return (
-            not running.is_empty()
-            and not self._spare_pages()
+            self._spare_pages() == 0
+            and not running.is_empty()
             and running.new_tokens_required_next_decode() > 0
         )
 
