@@ -33,6 +33,9 @@ from integration.engine import kv_bytes
 
 STUCK_S = 900.0
 
+RUNS = ("run", "rival")
+"""Lines of a script that send requests, and last until all are answered."""
+
 HOLD_S, REST_S = 1.3, 0.05
 """How long the neighbour of ``rival`` keeps what it took (longer than a batch waits before SGLang
 retracts requests of it), and takes nothing then."""
@@ -124,7 +127,7 @@ class Driver:
     def _begin(self, step: list[Any], now: float) -> None:
         self._step, self._began = step, now
         self.phases.append({"step": step[0], "peak_bytes": 0, "most_waiting": 0})
-        if step[0] in ("run", "rival"):
+        if step[0] in RUNS:
             for number in range(step[1], step[2]):
                 self._submit(number)
             if step[0] == "rival":
@@ -144,7 +147,7 @@ class Driver:
     def _over(self, now: float) -> bool:
         assert self._step is not None
         step = self._step
-        if step[0] in ("run", "rival"):
+        if step[0] in RUNS:
             return bool(self.scheduler.is_fully_idle())
         if step[0] == "idle":
             return now - self._began >= step[1]

@@ -16,6 +16,7 @@ from integration.conftest import elastic_env, mixed_requests, random_prompt
 from integration.engine import MIB, Request, wait_until
 from integration.mishaps import Mishaps
 from integration.places import Place
+from integration.sampling import sampled
 from integration.sglang_engine import EXTENT_BYTES, SGLangServer, needs_sglang, schedule
 from kvcached_vmm.ledger import Ledger
 
@@ -77,16 +78,13 @@ def test_tokens_stay_those_of_stock_sglang_and_the_budget_is_kept(
             over.wait(chance.uniform(0.3, 2.0) if chance.random() < 0.1 else 0.0)
         return answers
 
-    def most_used() -> int:
-        most = 0
-        with contextlib.closing(Ledger.open(folder, "host")) as ledger:
-            while not over.wait(0.01):
-                most = max(most, ledger.snapshot().used_bytes)
-        return most
-
-    with ThreadPoolExecutor(CLIENTS + 3) as threads:
+    with (
+        contextlib.closing(Ledger.open(folder, "host")) as ledger,
+        sampled(lambda: ledger.snapshot().used_bytes, 0.01) as used,
+        ThreadPoolExecutor(CLIENTS + 2) as threads,
+    ):
         clients = [threads.submit(client, number) for number in range(CLIENTS)]
-        used, *others = map(threads.submit, (most_used, mishaps.move_limits, mishaps.grab))
+        others = [threads.submit(each) for each in (mishaps.move_limits, mishaps.grab)]
         end = time.monotonic() + SECONDS
         wait_until(lambda: any(each.done() for each in clients), end - time.monotonic())
         over.set()
@@ -96,7 +94,7 @@ def test_tokens_stay_those_of_stock_sglang_and_the_budget_is_kept(
 
     mishaps.lift_limits()
     assert all(answers)
-    assert used.result() <= BUDGET_BYTES
+    assert max(used) <= BUDGET_BYTES
     assert mishaps.seen.limits_moved > 5
     assert sum(mishaps.seen.neighbours.values()) > 1
     assert wait_until(lambda: place.kv_bytes() <= EXTENT_BYTES, 10.0)
