@@ -7,7 +7,7 @@ import math
 import re
 import shlex
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,14 @@ class Pairs(NamedTuple):
         several = len(logs) > 1
         error = ratio * statistics.stdev(logs) / math.sqrt(len(logs)) if several else None
         return cls(ratio, error, len(logs))
+
+    @classmethod
+    def over(cls, workloads: Collection[Pairs]) -> Pairs:
+        """Their mean. Each workload counts the same, however many pairs of runs it had."""
+        ratio = math.exp(statistics.fmean(math.log(each.ratio) for each in workloads))
+        errors = ((each.error or 0.0) / each.ratio for each in workloads)
+        error = ratio * math.hypot(*errors) / len(workloads)
+        return cls(ratio, error, sum(each.count for each in workloads))
 
     def __str__(self) -> str:
         error = "" if self.error is None else f" \N{PLUS-MINUS SIGN} {self.error:.2f}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -109,15 +107,11 @@ def first_token_in_turns(files: Files) -> Iterator[Found]:
 
 
 def _all_workloads(file: File) -> Iterator[Found]:
-    """Each workload counts the same, however many pairs of runs it had."""
     below = _below_saturation(file)
     if below:
-        logs = [math.log(pair.ratio) for pair in below.values()]
-        errors = [(pair.error or 0.0) / pair.ratio for pair in below.values()]
-        ratio = math.exp(statistics.fmean(logs))
-        mean = Pairs(ratio, ratio * math.hypot(*errors) / len(errors), len(logs))
-        text = f"{mean} in {len(logs)} workload{'s' if logs[1:] else ''}{_compiled(file)}"
-        yield Found(ratio, text, ratio <= MOST_TTFT, file.name)
+        mean = Pairs.over(below.values())
+        text = f"{mean} in {len(below)} workload{'s' if len(below) > 1 else ''}{_compiled(file)}"
+        yield Found(mean.ratio, text, mean.ratio <= MOST_TTFT, file.name)
 
 
 def _worst_workload(file: File) -> Iterator[Found]:

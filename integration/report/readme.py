@@ -230,21 +230,19 @@ def _pairs(files: Sequence[File]) -> str:
     who = "in turns in the memory of one stock engine" if first.in_turns else "each alone"
     at = ", ".join(dict.fromkeys(file.commit for file in files))
     label = f"vLLM {version} {started}, {who}, pairs of runs at {at}: mean TTFT / TPOT"
-    told = "; ".join(
-        f"{name} ({len(ratios)}): {Pairs.of(ratios)} / {Pairs.of(tpot[name])}"
-        for name, ratios in ttft.items()
-    )
+    told = "; ".join(f"{name} ({pair.count}): {pair} / {tpot[name]}" for name, pair in ttft.items())
     names = ", ".join(f"`{file.name}`" for file in files)
     return f"| {label} | 1 | {told} | {names} |"
 
 
-def _pooled(files: Sequence[File], figure: str) -> dict[str, list[float]]:
-    """The ratios of all ``files``, by workload."""
+def _pooled(files: Sequence[File], figure: str) -> dict[str, Pairs]:
+    """The pairs of all ``files``, by workload, and the mean of the workloads."""
     found: dict[str, list[float]] = {}
     for file in files:
         for name, ratios in file.ratios(figure).items():
             found.setdefault(name, []).extend(ratios)
-    return found
+    pairs = {name: Pairs.of(ratios) for name, ratios in found.items()}
+    return {**pairs, "mean": Pairs.over(pairs.values())}
 
 
 def _throughput(file: File) -> str:
