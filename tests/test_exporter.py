@@ -101,6 +101,26 @@ def test_the_file_may_be_written_again_and_again(
             process.kill()
 
 
+def test_who_is_ended_while_about_to_wait_ends(folder: Path, tmp_path: Path) -> None:
+    """``Event.wait`` holds a lock that ``Event.set`` wants, and signals come at any moment."""
+    code = """
+import os, signal, threading, types
+from kvcached_plugins.cli import exporter, main
+
+class Event(threading.Event):
+    def wait(self, timeout=None):
+        with self._cond:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().wait(timeout)
+
+exporter.threading = types.SimpleNamespace(Event=Event, Thread=threading.Thread)
+main()
+"""
+    arguments = ["exporter", "--textfile", str(tmp_path / "f"), "--every", "60"]
+    ended = subprocess.run([sys.executable, "-c", code, *arguments, "--dir", folder], timeout=30)
+    assert ended.returncode == 0
+
+
 def test_a_file_that_cannot_be_written_is_said_in_one_sentence(
     folder: Path, tmp_path: Path
 ) -> None:

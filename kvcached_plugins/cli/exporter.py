@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +19,9 @@ from kvcached_plugins.cli.options import finite
 from kvcached_plugins.metrics import LedgerCollector
 from kvcached_plugins.settings import Settings
 from kvcached_vmm.errors import SettingsError
+
+WAKE_SECONDS = 0.5
+"""How late a wish to end may be heard; as often as Python's own HTTP server looks."""
 
 
 def exporter(
@@ -57,10 +62,11 @@ def exporter(
     registry.register(LedgerCollector(directory or Settings.read().directory))
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
+        # On another thread: this one may be about to wait, and hold the lock that ``set`` needs.
+        signal.signal(number, lambda *_: threading.Thread(target=ended.set).start())
     if textfile is not None:
         write_textfile(textfile, registry)
-        while every and not ended.wait(every):
+        while every and not _is_over(ended, every):
             write_textfile(textfile, registry)
         return
     try:
@@ -72,9 +78,22 @@ def exporter(
         ) from error
     shown = f"[{host}]" if ":" in host else host
     typer.echo(f"Metrics are at http://{shown}:{server.server_port}/metrics; Ctrl-C ends.")
-    ended.wait()
+    _is_over(ended, math.inf)
     server.shutdown()
     server.server_close()
+
+
+def _is_over(ended: threading.Event, within_s: float) -> bool:
+    """Wait until ``ended`` is set, for so many seconds at most.
+
+    Python runs a signal's handler on this thread, and one that comes just before this thread sleeps
+    does not wake it: so it sleeps for a moment at a time.
+    """
+    end = time.monotonic() + within_s
+    while (left := end - time.monotonic()) > 0:
+        if ended.wait(min(left, WAKE_SECONDS)):
+            return True
+    return False
 
 
 def write_textfile(path: Path, registry: CollectorRegistry) -> None:
