@@ -140,11 +140,13 @@ def test_a_bound_of_the_cache_holds_while_nobody_is_short(house: House, ledger: 
     ledger.set_terms(account_of(ledger, "cy"), cache_bytes=4 * EXTENT_BYTES)
     for request in burst(14, seed=24):
         cy.complete(request)
+
+    def is_kept() -> bool:
+        now = account_of(ledger, "cy")
+        return now.committed_bytes <= 6 * EXTENT_BYTES and now.cached_bytes <= 4 * EXTENT_BYTES
+
     try:
-        assert wait_until(
-            lambda: account_of(ledger, "cy").committed_bytes <= 6 * EXTENT_BYTES, 3.0
-        ), account_of(ledger, "cy")
-        assert account_of(ledger, "cy").cached_bytes <= 4 * EXTENT_BYTES
+        assert wait_until(is_kept, 3.0), account_of(ledger, "cy")
     finally:
         ledger.set_terms(account_of(ledger, "cy"), no_cache_bound=True)
 
